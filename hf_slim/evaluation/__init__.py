@@ -1,0 +1,3 @@
+"""Evaluation: perplexity, agreement with the original, speed."""
+
+METHODS = ("perplexity", "agreement", "latency")

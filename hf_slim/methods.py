@@ -1,0 +1,46 @@
+"""Addresses of methods: `quantize.gptq` is the module `hf_slim.quantization.gptq`.
+
+Each family's package lists its methods by name in a tuple `METHODS`. Nothing is discovered, nothing registers itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from hf_slim.core.errors import RecipeError, nearest
+
+FAMILIES = {
+    "distill": "distillation",
+    "prune": "pruning",
+    "share": "sharing",
+    "quantize": "quantization",
+    "evaluate": "evaluation",
+}
+
+
+def addresses() -> list[str]:
+    """Every method's address, family by family."""
+    return [
+        f"{family}.{name}"
+        for family, package in FAMILIES.items()
+        for name in importlib.import_module(f"hf_slim.{package}").METHODS
+    ]
+
+
+def find_method(address: str) -> ModuleType:
+    """The module behind an address such as "quantize.gptq".
+
+    Raises:
+        RecipeError: no such method; the message names the nearest one.
+    """
+    known = addresses()
+    if address not in known:
+        raise RecipeError(f"unknown method {address!r}; {nearest(address, known)}")
+    family, name = address.split(".")
+    return importlib.import_module(f"hf_slim.{FAMILIES[family]}.{name}")
+
+
+def summary(method: ModuleType) -> str:
+    """First line of the method's docstring, without the reference in brackets."""
+    return (method.__doc__ or "").strip().splitlines()[0].split(" (")[0].rstrip(".:")

@@ -1,0 +1,3 @@
+"""Quantization: store weights in fewer bits."""
+
+METHODS = ("rtn", "gptq")

@@ -1,0 +1,3 @@
+"""Parameter sharing: many weights, few distinct values."""
+
+METHODS = ("kmeans",)
