@@ -1,0 +1,41 @@
+# make demo    compress a real model and print what it cost (downloads 93 MB once)
+# make test    run the tests
+# make check   ruff and pyright
+# make venv    only install; the others do it themselves
+# make clean   remove .venv and caches
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?= -q
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check venv clean
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+venv: $(STAMP)
+
+# torch comes first and alone: its build decides whether the rest is a CPU or an accelerator installation, and it brings
+# the setuptools that then builds hf_slim itself, so that nothing unpinned is fetched.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "hf_slim needs Python 3.10 or newer, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find hf_slim tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
