@@ -1,0 +1,178 @@
+"""Which layers a method works on: found by type and position, never by a list of known architectures.
+
+A *block* is a child of an `nn.ModuleList` that holds linear layers (the outermost such list). Methods work on the linear
+layers inside blocks unless told otherwise; output heads, poolers and classifiers take part when a pattern names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_slim.core.errors import PlanError, nearest
+from hf_slim.encodings import Encoding
+from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
+
+Kind = Literal["linear", "head", "embedding"]
+
+
+class Select(BaseModel):
+    """Layers by name.
+
+    Args:
+        include: patterns of names to work on; None for every linear layer inside the model's blocks.
+        exclude: patterns of names to leave alone.
+
+    A pattern (`*`, `?`, `[abc]`) matches a full name or the end of one after a dot, as PEFT's target_modules do:
+    "q_proj" and "layers.0.*" both work. A pattern that matches nothing is an error.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that has a weight [rows, cols].
+
+    Args:
+        kind: "linear", "head" (the output embedding) or "embedding" (the input embedding).
+        block: name of the block it lies in, or None.
+        encoding: how its weight is stored by now; None for dense.
+        tied_to: name of the layer that owns the weight, when it is shared.
+        survivors: weights that pruning left, None when not pruned.
+    """
+
+    name: str
+    kind: Kind
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    block: str | None = None
+    encoding: Encoding | None = None
+    tied_to: str | None = None
+    survivors: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its weight takes as it is stored now."""
+        if self.tied_to is not None:
+            return 0
+        if self.encoding is None:
+            return self.rows * self.cols * self.dtype.itemsize
+        return self.encoding.nbytes(self.rows, self.cols, self.dtype)
+
+    def encoded(self, encoding: Encoding) -> Layer:
+        """The same layer, stored in another way."""
+        return dataclasses.replace(self, encoding=encoding, survivors=getattr(encoding, "survivors", None))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of blocks, one feeding the next."""
+
+    name: str
+    blocks: tuple[str, ...]
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The outermost `nn.ModuleList`s whose children hold linear layers, in the model's order."""
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and any(_is_linear(m) for m in module.modules()):
+            stacks.append(Stack(name, tuple(f"{name}.{i}" for i in range(len(module)))))
+    return stacks
+
+
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every layer that hf_slim can work on, by name, in the model's order. Works on the meta device too."""
+    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    owner = _owners(model)
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        kind: Kind
+        if module is table and isinstance(module, nn.Embedding):
+            kind = "embedding"
+        elif _is_linear(module):
+            kind = "head" if module is head else "linear"
+        else:
+            continue
+        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+        layers[name] = _describe(name, module, kind, block, owner.get(name))
+    return layers
+
+
+def select_layers(layers: dict[str, Layer], select: Select, kinds: Sequence[Kind] = ("linear", "head")) -> list[Layer]:
+    """Layers of those kinds that `select` names, in the model's order, without those that share another's weight.
+
+    Raises:
+        PlanError: patterns that match no layer, all of them at once.
+    """
+    candidates = [layer for layer in layers.values() if layer.kind in kinds]
+    names = [layer.name for layer in candidates]
+    problems = [
+        f"layers.{what}: {pattern!r} matches no layer; {nearest(pattern, _shapes_of_names(names))}"
+        for what, patterns in (("include", select.include or ()), ("exclude", select.exclude))
+        for pattern in patterns
+        if not any(matches(name, pattern) for name in names)
+    ]
+    if problems:
+        raise PlanError(problems)
+    return [layer for layer in candidates if layer.tied_to is None and _chosen(layer, select)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names this layer: its full name, or the end of it after a dot."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _chosen(layer: Layer, select: Select) -> bool:
+    if any(matches(layer.name, pattern) for pattern in select.exclude):
+        return False
+    if select.include is None:
+        return layer.block is not None and layer.kind == "linear"
+    return any(matches(layer.name, pattern) for pattern in select.include)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D, EncodedLinear, TiedHead)
+
+
+def _describe(name: str, module: nn.Module, kind: Kind, block: str | None, owner: str | None) -> Layer:
+    if isinstance(module, EncodedModule):
+        dtype, encoding = module.compute_dtype, module.encoding
+        survivors = getattr(encoding, "survivors", None)
+        return Layer(name, kind, module.rows, module.cols, dtype, block, encoding, owner, survivors)
+    if isinstance(module, TiedHead):
+        return Layer(name, kind, module.out_features, module.in_features, module.weight.dtype, block, None, owner)
+    weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    rows, cols = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
+    return Layer(name, kind, rows, cols, weight.dtype, block, None, owner)
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight belongs to another module: {module: owner}."""
+    names = {module: name for name, module in model.named_modules()}
+    tied = {name: names[m._source[0]] for name, m in model.named_modules() if isinstance(m, TiedHead)}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target.endswith(".weight") and source.endswith(".weight"):
+            tied[target.removesuffix(".weight")] = source.removesuffix(".weight")
+    return tied
+
+
+def _shapes_of_names(names: Iterable[str]) -> list[str]:
+    """Last parts of names: what people write in patterns."""
+    return sorted({name.rpartition(".")[2] for name in names})

@@ -1,0 +1,99 @@
+"""Affine encoding: integers on an even grid, one scale (and zero point) a group of columns.
+
+W[r, c] = (codes[r, c] - zeros[r, g]) * scales[r, g],  g = c // group_size;  the last group of a row may be shorter.
+
+Zero is on every grid, so weights that pruning set to zero stay zero. Stored bits a weight: `bits`, plus 16 / group_size
+for the scale, plus bits / group_size for the zero point when asymmetric. Of a pruned weight only the survivors' codes
+are stored, beside a bit mask.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from pydantic import Field
+from torch import Tensor
+
+from hf_slim.encodings.base import DTYPES, Encoding, TensorSpec
+from hf_slim.encodings.codes import code_layout, load_codes, store_codes
+from hf_slim.encodings.packing import pack, packed_bytes, unpack
+
+
+class Affine(Encoding):
+    """Description of an affine encoding.
+
+    Args:
+        bits: 1 to 8 bits a code.
+        group_size: columns that share a scale; None for one scale a row.
+        symmetric: the zero point is fixed at 2**(bits - 1) and not stored.
+        scale_dtype: stored dtype of the scales.
+        survivors: weights that pruning left, when only their codes are stored.
+    """
+
+    kind: Literal["affine"] = "affine"
+    bits: int = Field(ge=1, le=8)
+    group_size: int | None = Field(default=None, ge=1)
+    symmetric: bool = False
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    survivors: int | None = Field(default=None, ge=0)
+
+    def groups(self, cols: int) -> int:
+        """Groups a row."""
+        return 1 if self.group_size is None else -(-cols // self.group_size)
+
+    def layout(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        groups = self.groups(cols)
+        specs = code_layout(rows, cols, self.bits, self.survivors)
+        specs["scales"] = TensorSpec((rows, groups), DTYPES[self.scale_dtype])
+        if not self.symmetric:
+            specs["zeros"] = TensorSpec((rows, packed_bytes(groups, self.bits)), torch.uint8)
+        return specs
+
+    def pack(
+        self,
+        codes: UInt8[Tensor, "rows cols"],
+        scales: Float[Tensor, "rows groups"],
+        zeros: UInt8[Tensor, "rows groups"],
+        keep: Bool[Tensor, "rows cols"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Stored tensors from what a solver chose."""
+        tensors = store_codes(codes, self.bits, keep)
+        tensors["scales"] = scales.to(DTYPES[self.scale_dtype])
+        if not self.symmetric:
+            tensors["zeros"] = pack(zeros, self.bits)
+        return tensors
+
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Float[Tensor, "rows cols"]:
+        codes, keep = load_codes(tensors, self.bits, rows, cols, self.survivors)
+        W = self._dequantize(codes, tensors)
+        return W if keep is None else W.masked_fill_(~keep, 0.0)
+
+    def take(self, tensors: dict[str, Tensor], ids: Int[Tensor, "n"], rows: int, cols: int) -> Float[Tensor, "n cols"]:
+        if self.survivors is not None:
+            return super().take(tensors, ids, rows, cols)
+        chosen = {name: tensor[ids] for name, tensor in tensors.items()}
+        return self.decode(chosen, len(ids), cols)
+
+    def describe(self) -> str:
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        sparse = "" if self.survivors is None else " sparse"
+        return f"{self.bits}-bit {group}{' sym' if self.symmetric else ''}{sparse}"
+
+    def _dequantize(self, codes: UInt8[Tensor, "rows cols"], tensors: dict[str, Tensor]) -> Float[Tensor, "rows cols"]:
+        rows, cols = codes.shape
+        scales = tensors["scales"].float()
+        groups = self.groups(cols)
+        if self.symmetric:
+            zeros = torch.full_like(scales, 2 ** (self.bits - 1))
+        else:
+            zeros = unpack(tensors["zeros"], self.bits, groups).float()
+        size = self.group_size or cols
+        W = codes.float()
+        whole = cols // size
+        body = W[:, : whole * size].view(rows, whole, size)  # a view: the arithmetic below is in place
+        body.sub_(zeros[:, :whole, None]).mul_(scales[:, :whole, None])
+        if whole < groups:
+            W[:, whole * size :].sub_(zeros[:, whole:]).mul_(scales[:, whole:])
+        return W

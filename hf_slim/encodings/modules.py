@@ -1,0 +1,207 @@
+"""Layers that hold an encoded weight. Their state dict is the layout on disk.
+
+`EncodedLinear` stands in for `nn.Linear` and GPT-2's `Conv1D`, `EncodedEmbedding` for `nn.Embedding`, and `TiedHead` for
+an output head that shares an encoded embedding. All are subclasses of what they replace, so PEFT and Transformers treat
+them as such; `.weight` decodes on demand and is no parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_slim.core.errors import SlimError
+from hf_slim.encodings.base import Encoding
+
+
+class DecodedWeight(Tensor):
+    """What `.weight` of an encoded layer returns: a copy that says so when somebody writes to it.
+
+    PEFT's merge assigns `layer.weight.data`; on a decoded copy that would be lost without a word.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self
+
+    @data.setter
+    def data(self, value):
+        raise SlimError(
+            "the weight of an encoded layer cannot be assigned: it is stored as codes. Keep a LoRA adapter beside the "
+            "encoded model, or make the model dense first (model.dequantize()) and merge then"
+        )
+
+    def __iadd__(self, other):
+        self.data = other
+        return self
+
+    __isub__ = __imul__ = __itruediv__ = __iadd__
+
+
+class EncodedModule(nn.Module):
+    """The stored tensors of one weight [rows, cols], and what it takes to decode them.
+
+    Buffers keep their stored dtype through `.to(dtype)`, `.half()` and the like: codes and scales were chosen for it.
+    Trainable tensors (the survivors of a sparse weight) are parameters and follow the model's dtype.
+    """
+
+    _is_hf_initialized = True  # Transformers must not draw these at random
+    encoding: Encoding
+    rows: int
+    cols: int
+    compute_dtype: torch.dtype
+    _cache: Tensor | None
+
+    def _hold(self, encoding: Encoding, rows: int, cols: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.encoding, self.rows, self.cols, self.compute_dtype = encoding, rows, cols, dtype
+        self._cache = None
+        for name, spec in encoding.layout(rows, cols, dtype).items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            if name in encoding.trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Stored tensors by name."""
+        return {name: getattr(self, name) for name in self.encoding.layout(self.rows, self.cols, self.compute_dtype)}
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        """Take over stored tensors, which must have the layout that the encoding announces."""
+        for name, spec in self.encoding.layout(self.rows, self.cols, self.compute_dtype).items():
+            got = tensors[name]
+            if tuple(got.shape) != spec.shape or got.dtype != spec.dtype:
+                raise ValueError(f"{name}: got {tuple(got.shape)} {got.dtype}, the encoding stores {spec}")
+            setattr(self, name, nn.Parameter(got) if name in self.encoding.trainable else got)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight [rows, cols] in `dtype`."""
+        if self._cache is not None:
+            return self._cache.to(dtype)
+        return self.encoding.decode(self.tensors(), self.rows, self.cols).to(dtype)
+
+    def cache_decoded(self, on: bool = True) -> None:
+        """Decode once and keep the dense weight (dense speed, dense memory), or drop it again."""
+        self._cache = None
+        if on:
+            with torch.no_grad():
+                self._cache = self.decoded(self.compute_dtype).detach()
+
+    @property
+    def weight(self) -> Tensor:
+        with torch.no_grad():
+            return self.decoded(self.compute_dtype).as_subclass(DecodedWeight)
+
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def extra_repr(self) -> str:
+        return f"{self.rows} x {self.cols}, {self.encoding.describe()}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if self._cache is not None:
+            self._cache = fn(self._cache)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._cache is not None:
+            self.cache_decoded()
+
+
+class EncodedLinear(EncodedModule, nn.Linear):
+    """y = x Wᵀ + b with an encoded W [out_features, in_features]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        encoding: Encoding,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._hold(encoding, out_features, in_features, dtype, device)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.decoded(x.dtype), self.bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw at random: the weight arrives encoded."""
+
+
+class EncodedEmbedding(EncodedModule, nn.Embedding):
+    """Rows of an encoded table [num_embeddings, embedding_dim]."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        encoding: Encoding,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self._hold(encoding, num_embeddings, embedding_dim, dtype, device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self._cache is not None:
+            return self._cache[ids]
+        rows = self.encoding.take(self.tensors(), ids.flatten(), self.rows, self.cols)
+        return rows.to(self.compute_dtype).view(*ids.shape, self.cols)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw at random: the weight arrives encoded."""
+
+
+class TiedHead(nn.Linear):
+    """An output head whose weight is an encoded embedding; it stores its bias only."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, embedding: EncodedEmbedding, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self._source = (embedding,)  # in a tuple, so that it is no submodule: the tensors are stored once
+        self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._source[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._source[0].decoded(x.dtype), self.bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw at random: the weight arrives encoded."""
+
+    def extra_repr(self) -> str:
+        return f"tied to an encoded {self.out_features} x {self.in_features} embedding"
+
+
+def cache_decoded(model: nn.Module, on: bool = True) -> None:
+    """Decode every encoded layer once and keep the dense weights (`on`), or drop them.
+
+    A decoded model runs at the dense model's speed and takes the dense model's memory; what is saved stays encoded.
+    """
+    for module in model.modules():
+        if isinstance(module, EncodedModule):
+            module.cache_decoded(on)

@@ -1,0 +1,212 @@
+"""The one file that touches Transformers' quantizer: `SlimConfig`, the plug-in, and what marks a model as ours.
+
+Written against Transformers 5.23. `from_pretrained` calls it in two ways:
+
+- A checkpoint of ours: the modules named in `config.json` are replaced by empty encoded ones before the weights arrive;
+  the stored tensors have the encoded modules' own names, so nothing is converted.
+- A dense checkpoint with `quantization_config=SlimConfig(...)`: each weight is encoded when it arrives, and its layer
+  replaced then; never more than one dense weight is in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_slim.core.errors import ArtifactError, PlanError
+from hf_slim.core.layers import make_config, stream_plan
+from hf_slim.core.select import Layer
+from hf_slim.core.swap import densify, empty_like, put_encoded
+from hf_slim.encodings import Encoding, read_encoding
+from hf_slim.encodings.modules import EncodedModule, TiedHead
+from hf_slim.methods import find_method
+
+QUANT_METHOD = "hf_slim"
+FORMAT = 1
+
+
+class SlimConfig(QuantizationConfigMixin):
+    """How a model is compressed: pass it to `from_pretrained`, find it in the `config.json` of what we save.
+
+    Args:
+        method: a method that needs no data: "quantize.rtn", "share.kmeans" or "prune.magnitude".
+        options: that method's options (`bits=4, group_size=64, ...`), checked at once.
+
+    Raises:
+        PlanError: an unknown method or option, or a method that needs calibration data (use `hf_slim.compress`).
+
+    A stored config names no method but, layer by layer, the encoding: `encodings` is a list of descriptions, `modules`
+    maps a module's name to its place in that list.
+
+    >>> SlimConfig("quantize.rtn", bits=4, group_size=64).options["bits"]
+    4
+    """
+
+    def __init__(self, method: str | None = None, **options: Any):
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        self.encodings: list[dict[str, Any]] = options.pop("encodings", [])
+        self.modules: dict[str, int] = options.pop("modules", {})
+        self.format: int = options.pop("format", FORMAT)
+        options.pop("quant_method", None)
+        self.method = method
+        self.options: dict[str, Any] = options.pop("options", {}) | options
+        if self.format > FORMAT:
+            raise ArtifactError(f"the model was written in format {self.format}, this hf_slim reads {FORMAT}; upgrade hf_slim")
+        if method is not None:
+            config = make_config(method, self.options)
+            needs = find_method(method).RULES.needs
+            if needs or not hasattr(find_method(method), "encode"):
+                raise PlanError(
+                    f"{method} cannot work while weights are loading: it needs {' and '.join(needs) or 'a trainer'}. "
+                    f"Load the model first, then call hf_slim.compress(model, {method!r}, ...)"
+                )
+            self.options = config.model_dump(mode="json", exclude_defaults=True)
+        elif self.options:
+            raise PlanError(f"SlimConfig: options {sorted(self.options)} need a method, such as SlimConfig('quantize.rtn', ...)")
+
+    def encoding_of(self, name: str) -> Encoding:
+        """The stored encoding of a module."""
+        return read_encoding(self.encodings[self.modules[name]])
+
+    def to_dict(self) -> dict[str, Any]:
+        stored = {k: v for k, v in copy.deepcopy(self.__dict__).items() if v not in (None, {}, [])}
+        return stored if not self.modules else {k: v for k, v in stored.items() if k not in ("method", "options")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class EncodeOnLoad(ConversionOps):
+    """Encode a weight as it arrives, and swap its layer."""
+
+    def __init__(self, quantizer: SlimQuantizer):
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, *, full_layer_name: str, model: nn.Module, missing_keys=None, **kwargs):
+        value = next(iter(input_dict.values()))
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        name = full_layer_name.removesuffix(".weight")
+        encoding, tensors = self.quantizer.encode(name, weight, model.get_submodule(name))
+        encoded = empty_like(model.get_submodule(name), encoding, weight.dtype, "meta")
+        put_encoded(model, name, encoded)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+class SlimQuantizer(HfQuantizer):
+    """What Transformers calls while it loads, trains and saves a model of ours."""
+
+    quantization_config: SlimConfig
+
+    def __init__(self, quantization_config: SlimConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._planned: dict[str, Layer] = {}
+        self._model: PreTrainedModel | None = None
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the stored tensors themselves can be trained: pruned layers can, codes cannot."""
+        names = self.quantization_config.modules
+        return all(self.quantization_config.encoding_of(name).trainable for name in names)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype=None, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            for name in self.quantization_config.modules:
+                module = model.get_submodule(name)
+                encoding = self.quantization_config.encoding_of(name)
+                put_encoded(model, name, empty_like(module, encoding, module.weight.dtype, "meta"))  # pyright: ignore
+        elif self.quantization_config.method is not None:
+            config = make_config(self.quantization_config.method, self.quantization_config.options)
+            self._planned = stream_plan(model, self.quantization_config.method, config)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self._planned
+
+    def get_quantize_ops(self) -> EncodeOnLoad:
+        return EncodeOnLoad(self)
+
+    def encode(self, name: str, weight: Tensor, module: nn.Module) -> tuple[Encoding, dict[str, Tensor]]:
+        """Encode one dense weight as the method says."""
+        method = find_method(self.quantization_config.method or "")
+        config = make_config(self.quantization_config.method or "", self.quantization_config.options)
+        layer = self._planned[name]
+        W = weight if tuple(weight.shape) == (layer.rows, layer.cols) and not _is_turned(module) else weight.T
+        return method.encode(W, layer, config, keep=None)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        mark(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        make_dense(model)
+        return model if dtype is None else model.to(dtype)  # pyright: ignore
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Give the model the `quantization_config` that describes its encoded layers, so that it saves and loads.
+
+    A model without any is marked as a plain one.
+    """
+    encodings: list[dict[str, Any]] = []
+    modules: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, EncodedModule):
+            description = module.encoding.model_dump(mode="json", exclude_defaults=True) | {"kind": module.encoding.kind}
+            if description not in encodings:
+                encodings.append(description)
+            modules[name] = encodings.index(description)
+    if not modules:
+        _unmark(model)
+        return
+    quantizer = SlimQuantizer(SlimConfig(encodings=encodings, modules=modules), pre_quantized=True)
+    model.hf_quantizer = quantizer  # pyright: ignore
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized = True  # pyright: ignore
+    model.quantization_method = QUANT_METHOD  # pyright: ignore
+
+
+def make_dense(model: PreTrainedModel) -> None:
+    """Replace every encoded layer by a dense one, and let Transformers tie weights again as the class says."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, EncodedModule):
+            densify(model, name)
+    if any(isinstance(m, TiedHead) for m in model.modules()):
+        raise ArtifactError("a tied head points to an embedding that is not part of the model")
+    model.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    _unmark(model)
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    for owner, attribute in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    model.is_quantized = False  # pyright: ignore
+
+
+def _is_turned(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a notebook may import the package twice
+    register_quantization_config(QUANT_METHOD)(SlimConfig)
+    register_quantizer(QUANT_METHOD)(SlimQuantizer)
