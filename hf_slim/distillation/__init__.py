@@ -1,0 +1,1 @@
+"""Distillation: a model learns to predict what a larger, or uncompressed, model predicts."""

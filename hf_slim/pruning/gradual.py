@@ -1,0 +1,273 @@
+"""Gradual magnitude pruning: prune while training, so that the rest can make up for it (Zhu & Gupta, arXiv:1710.01878).
+
+Every few steps the smallest weights are set to zero, more of them each time (`schedule`), and stay zero (`masks`). A
+weight that is exactly zero counts as pruned, so once pruning has begun the weights W alone determine the mask:
+
+    keep(W, s) = (magnitude mask of W at sparsity s) and (W != 0)
+
+Hence pruned weights never come back, and a run resumed from a checkpoint, where W and the step are all there is, goes
+on bit for bit as if it had never stopped.
+
+The callback works in any `Trainer`: ours, a plain one, or another subclass. At every step
+- `on_pre_optimizer_step` clears the gradients of pruned weights, so that no optimizer state grows on them;
+- `on_optimizer_step` sets pruned weights back to zero: momentum and Adam's state from before they were pruned, and
+  decoupled decay, move them otherwise;
+- `on_step_end` updates the masks when the schedule says so, before anything is evaluated or saved;
+- `on_save` takes the masks anew from the weights, as a resumed run will.
+
+Where we differ from the paper: n:m patterns drop one more weight of every group whenever the cubic curve passes the
+next multiple of 1/m; ranking over all layers together is a choice. The Trainer clips gradients before the first of
+these hooks, so the norm that it clips by still includes the gradients of pruned weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, StrictFloat, StrictInt, ValidationError, model_validator
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from hf_slim.core.errors import ModelError, PlanError
+from hf_slim.core.explain import explain
+from hf_slim.core.method import MethodConfig
+from hf_slim.core.select import Select, find_layers, select_layers
+from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
+from hf_slim.pruning.schedule import Schedule, plan_schedule
+
+logger = logging.getLogger(__name__)
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictFloat, Field(ge=0, le=1)]
+
+
+class Config(MethodConfig):
+    """Options of gradual magnitude pruning.
+
+    Args:
+        sparsity: share of weights that are zero in the end, 0 <= sparsity < 1.
+        initial_sparsity: share that is pruned at once when pruning begins. A large first step (0.5 to 0.7) leaves more
+            of the training to the hard part (GMP*, arXiv:2210.06384).
+        begin: first mask update: a whole number of steps, or a float as share of the training.
+        end: last mask update, likewise; what follows trains with fixed masks.
+        every: steps between mask updates, likewise.
+        scope: "layer" ranks weights within each layer, so all get the same sparsity; "global" ranks them all together.
+        pattern: "unstructured", or "n:m" such as "2:4" to keep n of every m consecutive weights of a row.
+        layers: which layers; by default every linear layer inside the model's blocks.
+    """
+
+    sparsity: Share = 0.5
+    initial_sparsity: Share = 0.0
+    begin: Steps = 0.0
+    end: Steps = 0.8
+    every: Steps = 0.05
+    scope: Literal["layer", "global"] = "layer"
+    pattern: Annotated[str, Field(pattern=r"^(unstructured|\d+:\d+)$")] = "unstructured"
+    layers: Select = Select()
+
+    @model_validator(mode="after")
+    def _pattern_fits(self) -> Config:
+        """Check what two options say together."""
+        if self.pattern == "unstructured":
+            return self
+        n, m = self.n_m
+        if not 0 < n < m:
+            raise ValueError(f"pattern {self.pattern!r} keeps n of every m weights, so 0 < n < m; try '2:4'")
+        if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-6):
+            raise ValueError(f"pattern {self.pattern!r} means sparsity {1 - n / m:g}, got {self.sparsity:g}; set it so")
+        if self.scope == "global":
+            raise ValueError(f"pattern {self.pattern!r} ranks weights within groups; set scope to 'layer'")
+        return self
+
+    @property
+    def n_m(self) -> tuple[int, int]:
+        """n and m of an "n:m" pattern."""
+        n, m = re.findall(r"\d+", self.pattern)
+        return int(n), int(m)
+
+
+def gradual_masks(weights: Mapping[str, Tensor], sparsity: float, config: Config) -> dict[str, Tensor]:
+    """Masks at one moment of the schedule.
+
+    Args:
+        weights: matrices [rows, cols] by name.
+        sparsity: the schedule's, from 0 to `config.sparsity`.
+
+    Returns:
+        keep: Bool[rows, cols] by name; False wherever a weight is zero already, unless sparsity is 0.
+    """
+    if sparsity == 0:
+        return {name: torch.ones_like(W, dtype=torch.bool) for name, W in weights.items()}
+    if config.pattern != "unstructured":
+        n, m = config.n_m
+        drop = min(m - n, math.floor(sparsity * m + 1e-6))  # 1 - 2/3 is a little less than 1/3
+        keep = {name: n_m_mask(W, m - drop, m) for name, W in weights.items()}
+    elif config.scope == "global":
+        keep = global_masks(weights, sparsity)
+    else:
+        keep = {name: magnitude_mask(W, sparsity) for name, W in weights.items()}
+    return {name: mask.logical_and_(weights[name] != 0) for name, mask in keep.items()}
+
+
+class GradualMagnitudePruning(TrainerCallback):
+    """Prunes a model while any `Trainer` trains it.
+
+        Trainer(model, args, callbacks=[GradualMagnitudePruning(sparsity=0.8)], ...)
+
+    Works with gradient accumulation, mixed precision and data parallelism; not where parameters are sharded.
+
+    Args:
+        config: a `Config`, or a mapping of its fields.
+        options: single fields of `Config`, which take precedence.
+
+    Raises:
+        PlanError: unknown or contradictory options. When training begins: a schedule that does not fit into it, layers
+            that cannot be pruned so, sharded parameters; all before a weight is changed.
+        ModelError: weights that are not finite when masks are taken from them.
+    """
+
+    def __init__(self, config: Config | Mapping[str, Any] | None = None, **options: Any):
+        options = {**(config.model_dump() if isinstance(config, Config) else config or {}), **options}
+        try:
+            self.config = Config(**options)
+        except ValidationError as error:
+            found = explain(error, Config, options)
+            raise PlanError(
+                [f"{'.'.join(('prune.gradual', *map(str, at)))}: {text}" for _, at, text in found]
+            ) from error
+        self.schedule: Schedule | None = None
+        self._modules: dict[str, nn.Module] = {}
+        self._keep: dict[str, Tensor] = {}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """keep, Bool[rows, cols] by layer; empty before training."""
+        return dict(self._keep)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all target weights, counted now; 0 before training."""
+        counts = [(_zeros(module), module.weight.numel()) for module in self._modules.values()]
+        return sum(zeros for zeros, _ in counts) / max(1, sum(total for _, total in counts))
+
+    def report(self) -> dict[str, float]:
+        """Share of zeros in each target layer, counted now."""
+        return {name: _zeros(module) / module.weight.numel() for name, module in self._modules.items()}
+
+    def on_train_begin(self, args, state, control, *, model, **kwargs):
+        """Check everything, then prune as far as the schedule is at this step: 0, or where a checkpoint left off."""
+        config = self.config
+        self.schedule = plan_schedule(
+            state.max_steps,
+            initial=config.initial_sparsity,
+            final=config.sparsity,
+            begin=config.begin,
+            end=config.end,
+            every=config.every,
+        )
+        if args.fsdp or args.deepspeed:
+            raise PlanError("gradual pruning ranks whole weights, which FSDP and DeepSpeed shard; use data parallelism")
+        self._modules, self._keep = target_linears(model, config.layers), {}
+        self._check_columns()
+        self._update(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Clear the gradients of pruned weights."""
+        with torch.no_grad():
+            for name, keep in self._keep.items():
+                if (gradient := self._modules[name].weight.grad) is not None:
+                    _oriented(self._modules[name], gradient).mul_(keep)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Set pruned weights back to zero."""
+        with torch.no_grad():
+            for name, keep in self._keep.items():
+                _oriented(self._modules[name]).mul_(keep)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Prune further when the schedule says so; the Trainer evaluates and saves only after this."""
+        if self.schedule is not None and self.schedule.is_update(state.global_step):
+            self._update(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Take the masks anew: a weight that became zero by itself is pruned from here on, as after a resume."""
+        self._update(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Take the masks of the model that is handed over, and say so if it is less sparse than asked for."""
+        self._keep = {name: _oriented(module) != 0 for name, module in self._modules.items()}
+        rounding = len(self._keep) / sum(keep.numel() for keep in self._keep.values())
+        if self.sparsity < self.config.sparsity - rounding:
+            logger.warning(
+                "The trained model has sparsity %.4f, not %.4f: training stopped early, or load_best_model_at_end "
+                "brought back a checkpoint from before the end of the schedule.",
+                self.sparsity,
+                self.config.sparsity,
+            )
+
+    def _check_columns(self) -> None:
+        if self.config.pattern == "unstructured":
+            return
+        m = self.config.n_m[1]
+        widths = {name: _oriented(module).shape[1] for name, module in self._modules.items()}
+        if bad := {name: width for name, width in widths.items() if width % m}:
+            raise PlanError(
+                [
+                    f"prune.gradual: {name} has {width} columns, not divisible by {m} (pattern {self.config.pattern}); "
+                    "name it in layers.exclude"
+                    for name, width in bad.items()
+                ]
+            )
+
+    @torch.no_grad()
+    def _update(self, step: int) -> None:
+        """Take masks from the weights as the schedule has it after `step` steps, and apply them."""
+        sparsity = self.schedule.sparsity(step) if self.schedule else 0.0
+        if sparsity == 0:
+            return
+        weights = {name: _oriented(module) for name, module in self._modules.items()}
+        if bad := [name for name, W in weights.items() if not torch.isfinite(W).all()]:
+            raise ModelError([f"{name} holds NaN or infinite values at step {step}; training diverged" for name in bad])
+        for name, keep in gradual_masks(weights, sparsity, self.config).items():
+            # the strides of the weight: multiplying a transposed by a plain matrix would take several times as long
+            self._keep[name] = torch.empty_like(weights[name], dtype=torch.bool).copy_(keep)
+            weights[name].masked_fill_(~self._keep[name], 0.0)
+
+
+def target_linears(model: nn.Module, select: Select) -> dict[str, nn.Module]:
+    """Linear layers to prune by name: `nn.Linear` and GPT-2's `Conv1D`, within blocks unless `select` says more.
+
+    A weight that an embedding shares is left out, and so is the second of two layers that share one.
+
+    Raises:
+        PlanError: nothing is left, or a pattern matches no layer.
+    """
+    taken = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    targets: dict[str, nn.Module] = {}
+    for layer in select_layers(find_layers(model), select):
+        module = model.get_submodule(layer.name)
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in taken:
+            targets[layer.name] = module
+            taken.add(id(module.weight))
+    if not targets:
+        raise PlanError(
+            f"prune.gradual: {type(model).__name__} has no linear layer to prune among those that layers selects; "
+            "name some in layers.include"
+        )
+    return targets
+
+
+def _oriented(module: nn.Module, tensor: Tensor | None = None) -> Tensor:
+    """The weight, or a tensor of its shape, as [rows, cols] = [outputs, inputs]; a view."""
+    tensor = module.weight.detach() if tensor is None else tensor
+    return tensor.T if isinstance(module, Conv1D) else tensor
+
+
+def _zeros(module: nn.Module) -> int:
+    return int((module.weight == 0).sum())
