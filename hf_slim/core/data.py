@@ -40,14 +40,14 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        "builtin", min_length=1, description="'builtin', a txt, jsonl or parquet file, a folder, a Hub id"
+        default="builtin", min_length=1, description="'builtin', a txt, jsonl or parquet file, a folder, a Hub id"
     )
-    name: str | None = Field(None, description="configuration of a Hub data set, such as wikitext-2-raw-v1")
-    split: str | None = Field(None, description="split of a folder or Hub data set; train if not given")
-    column: str | None = Field(None, description="column of the text; text if not given")
-    samples: int = Field(32, ge=1, description="number of windows")
-    length: int = Field(DEFAULT_LENGTH, ge=2, description="tokens in a window")
-    seed: int | None = Field(None, ge=0, description="of the choice of windows; the run's seed if not given")
+    name: str | None = Field(default=None, description="configuration of a Hub data set, such as wikitext-2-raw-v1")
+    split: str | None = Field(default=None, description="split of a folder or Hub data set; train if not given")
+    column: str | None = Field(default=None, description="column of the text; text if not given")
+    samples: int = Field(default=32, ge=1, description="number of windows")
+    length: int = Field(default=DEFAULT_LENGTH, ge=2, description="tokens in a window")
+    seed: int | None = Field(default=None, ge=0, description="of the choice of windows; the run's seed if not given")
 
     @model_validator(mode="after")
     def _options_fit_the_source(self) -> DataSource:
@@ -71,7 +71,9 @@ class DataConfig(BaseModel):
 
     calibration: DataSource = DataSource()
     held_out: DataSource = DataSource(samples=16)
-    train: DataSource | None = Field(None, description="text for training stages; the calibration text if not given")
+    train: DataSource | None = Field(
+        default=None, description="text for training stages; the calibration text if not given"
+    )
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> DataConfig:

@@ -1,0 +1,78 @@
+"""What every evaluation shares: the model in evaluation mode, its device, its logits, and the limits of its inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hf_slim.core.errors import DataError, ModelError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; afterwards every submodule is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its input: the device of its embedding, for a model spread over devices."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    modules = [module for module in (embedding, model) if isinstance(module, nn.Module)]
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward names this argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def logits_of(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "*shape classes"]:
+    """The model's logits in its own dtype: [batch, length, vocabulary], or [batch, classes] of a classifier."""
+    options: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    return model(input_ids=ids.to(device_of(model)), **options).logits
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether position i predicts token i + 1. A module that is no Transformers model is taken at its word."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return bool(getattr(model, "can_generate", lambda: True)())
+
+
+def require_causal(model: nn.Module, measure: str) -> None:
+    """Raises ModelError unless the model predicts the next token."""
+    if not is_causal(model):
+        raise ModelError(
+            f"{measure} needs a causal language model, got {type(model).__name__}; "
+            "for encoders and classifiers use evaluate.agreement, which compares with the original"
+        )
+
+
+def require_context(model: nn.Module, length: int) -> None:
+    """Raises DataError if the model has fewer positions than `length` tokens need."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise DataError(f"{length} tokens do not fit the {positions} positions of {type(model).__name__}; use less")
+
+
+def standard_error(means: Float[Tensor, " windows"]) -> float | None:
+    """Standard error of the mean of independent windows; None for a single one."""
+    if len(means) < 2:
+        return None
+    return float(means.double().std() / sqrt(len(means)))
