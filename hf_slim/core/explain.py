@@ -125,9 +125,9 @@ def _existing(path: Path, data: Any) -> Path:
     """`path` without what pydantic added to it: words that are not in the data."""
     kept: Path = ()
     for word in path:
-        present = word in data if isinstance(data, dict) else isinstance(data, list) and isinstance(word, int)
-        if present:
-            kept, data = (*kept, word), data[word]
+        children: Any = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(children, dict) and word in children:
+            kept, data = (*kept, word), children[word]
         elif data == word:  # a stage given by its bare name
             kept = (*kept, word)
     return kept

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from hf_slim.core.errors import ModelError, PlanError
-from hf_slim.core.explain import explain
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
@@ -29,20 +27,6 @@ from hf_slim.encodings import Encoding
 from hf_slim.methods import find_method
 
 Encoded = tuple[Encoding, dict[str, Tensor]]
-
-
-def make_config(address: str, options: dict[str, Any]) -> MethodConfig:
-    """The method's Config from keyword options.
-
-    Raises:
-        PlanError: every unknown key (with the nearest known one) and every bad value at once.
-    """
-    model = find_method(address).Config
-    try:
-        return model(**options)
-    except ValidationError as error:
-        findings = explain(error, model, options)
-        raise PlanError([": ".join([".".join(map(str, (address, *about))), text]) for _, about, text in findings]) from error
 
 
 def targets(layers: dict[str, Layer], method: ModuleType, config: MethodConfig) -> list[Layer]:

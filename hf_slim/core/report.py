@@ -40,7 +40,7 @@ class StageReport(BaseModel):
     """One stage: what it did and what was measured.
 
     Args:
-        method: address, such as "quantize.gptq".
+        method: address, such as "quantize.gptq"; filled in by whoever ran the stage.
         options: the options that were set.
         seconds: wall-clock time.
         peak_memory: highest resident memory of the process so far, bytes.
@@ -51,10 +51,59 @@ class StageReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    method: str
+    method: str = ""
     options: Json = {}
     seconds: float = 0.0
     peak_memory: int = 0
     layers: list[LayerReport] = []
     metrics: Json = {}
     notes: list[str] = []
+
+
+class Size(BaseModel):
+    """Bytes of weights, measured: of the original's tensors, and of the artifact's files.
+
+    Args:
+        parameters: weights of the original, each shared one counted once.
+        file_bytes: the artifact's safetensors files.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    file_bytes: int
+
+    @property
+    def bits_before(self) -> float:
+        return 8 * self.bytes_before / self.parameters
+
+    @property
+    def bits_after(self) -> float:
+        return 8 * self.bytes_after / self.parameters
+
+
+class RunReport(BaseModel):
+    """`slim.json`: everything about a run.
+
+    Args:
+        format: version of this file.
+        model, architecture: what was compressed.
+        recipe, plan: what was asked for, and what was foreseen.
+        inputs: fingerprints of recipe, model, data and code.
+        files: what the artifact consists of.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    model: str
+    architecture: str
+    recipe: dict[str, Any]
+    plan: dict[str, Any]
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    size: Size
+    stages: list[StageReport]
+    files: list[str] = []

@@ -34,11 +34,9 @@ def empty_like(module: nn.Module, encoding: Encoding, dtype: torch.dtype, device
         return EncodedEmbedding(
             module.num_embeddings, module.embedding_dim, encoding, module.padding_idx, dtype=dtype, device=device
         )
-    if isinstance(module, Conv1D):
-        rows, cols = module.nf, module.nx
-    else:
-        rows, cols = module.out_features, module.in_features
-    encoded = EncodedLinear(cols, rows, encoding, bias=False, dtype=dtype, device=device)
+    turned = isinstance(module, Conv1D) or getattr(module, "turned", False)
+    rows, cols = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    encoded = EncodedLinear(cols, rows, encoding, bias=False, dtype=dtype, device=device, turned=turned)
     encoded.bias = module.bias  # pyright: ignore[reportAttributeAccessIssue]
     return encoded
 
@@ -63,20 +61,30 @@ def put_encoded(model: nn.Module, name: str, encoded: EncodedModule) -> None:
 def densify(model: nn.Module, name: str) -> None:
     """Put a plain layer in the place of an encoded one; its weight is what the stored tensors decode to."""
     module = model.get_submodule(name)
-    dense: nn.Linear | nn.Embedding
-    if isinstance(module, EncodedEmbedding):
-        dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-    else:
-        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")  # pyright: ignore
+    weight = get_weight(module)
+    dense: nn.Linear | nn.Embedding | Conv1D
+    with torch.device("meta"):
+        if isinstance(module, EncodedEmbedding):
+            dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+        elif module.turned:
+            dense, weight = Conv1D(module.rows, module.cols), weight.T.contiguous()  # pyright: ignore
+        else:
+            dense = nn.Linear(module.cols, module.rows, bias=False)  # pyright: ignore
+    if not isinstance(dense, nn.Embedding):
         dense.bias = module.bias  # pyright: ignore
-    dense.weight = nn.Parameter(get_weight(module))
+    dense.weight = nn.Parameter(weight)
     dense.train(module.training)
     set_module(model, name, dense)
-    for head, tied in list(model.named_modules()):
-        if isinstance(tied, TiedHead) and tied._source[0] is module:
-            linear = nn.Linear(tied.in_features, tied.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = dense.weight, tied.bias
-            set_module(model, head, linear)
+    for head in tied_heads(model, module):
+        tied = model.get_submodule(head)
+        linear = nn.Linear(module.cols, module.rows, bias=False, device="meta")  # pyright: ignore
+        linear.weight, linear.bias = dense.weight, tied.bias  # pyright: ignore
+        set_module(model, head, linear)
+
+
+def tied_heads(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """Names of the heads that share an encoded embedding."""
+    return [name for name, m in model.named_modules() if isinstance(m, TiedHead) and m._source[0] is embedding]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

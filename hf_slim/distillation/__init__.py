@@ -1,1 +1,3 @@
 """Distillation: a model learns to predict what a larger, or uncompressed, model predicts."""
+
+METHODS = ("logits",)

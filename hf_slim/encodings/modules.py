@@ -123,7 +123,11 @@ class EncodedModule(nn.Module):
 
 
 class EncodedLinear(EncodedModule, nn.Linear):
-    """y = x Wᵀ + b with an encoded W [out_features, in_features]."""
+    """y = x Wᵀ + b with an encoded W [out_features, in_features].
+
+    Args:
+        turned: it stands in for a Conv1D, and must become one again when made dense.
+    """
 
     def __init__(
         self,
@@ -133,9 +137,10 @@ class EncodedLinear(EncodedModule, nn.Linear):
         bias: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        turned: bool = False,
     ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.turned = in_features, out_features, turned
         self._hold(encoding, out_features, in_features, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 

@@ -11,21 +11,25 @@ Written against Transformers 5.23. `from_pretrained` calls it in two ways:
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_slim.core.errors import ArtifactError, PlanError
-from hf_slim.core.layers import make_config, stream_plan
+from hf_slim.core.layers import stream_plan
+from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import Layer
-from hf_slim.core.swap import densify, empty_like, put_encoded
+from hf_slim.core.stage import Stage, make_stage
+from hf_slim.core.swap import densify, empty_like, put_encoded, tied_heads
 from hf_slim.encodings import Encoding, read_encoding
 from hf_slim.encodings.modules import EncodedModule, TiedHead
 from hf_slim.methods import find_method
@@ -42,7 +46,8 @@ class SlimConfig(QuantizationConfigMixin):
         options: that method's options (`bits=4, group_size=64, ...`), checked at once.
 
     Raises:
-        PlanError: an unknown method or option, or a method that needs calibration data (use `hf_slim.compress`).
+        RecipeError: an unknown method or option.
+        PlanError: a method that needs calibration data or a trainer (use `hf_slim.compress`).
 
     A stored config names no method but, layer by layer, the encoding: `encodings` is a list of descriptions, `modules`
     maps a module's name to its place in that list.
@@ -62,11 +67,11 @@ class SlimConfig(QuantizationConfigMixin):
         if self.format > FORMAT:
             raise ArtifactError(f"the model was written in format {self.format}, this hf_slim reads {FORMAT}; upgrade hf_slim")
         if method is not None:
-            config = make_config(method, self.options)
-            needs = find_method(method).RULES.needs
-            if needs or not hasattr(find_method(method), "encode"):
+            config = make_stage(method, self.options).options
+            why_not = _streaming_problem(find_method(method), config)
+            if why_not:
                 raise PlanError(
-                    f"{method} cannot work while weights are loading: it needs {' and '.join(needs) or 'a trainer'}. "
+                    f"{method} cannot work while weights are loading: {why_not}. "
                     f"Load the model first, then call hf_slim.compress(model, {method!r}, ...)"
                 )
             self.options = config.model_dump(mode="json", exclude_defaults=True)
@@ -99,8 +104,8 @@ class EncodeOnLoad(ConversionOps):
         encoding, tensors = self.quantizer.encode(name, weight, model.get_submodule(name))
         encoded = empty_like(model.get_submodule(name), encoding, weight.dtype, "meta")
         put_encoded(model, name, encoded)
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
+        if missing_keys is not None:  # the dense weight, and those of heads tied to it, are not coming
+            missing_keys -= {full_layer_name} | {f"{head}.weight" for head in tied_heads(model, encoded)}
         return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -112,7 +117,7 @@ class SlimQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SlimConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._planned: dict[str, Layer] = {}
-        self._model: PreTrainedModel | None = None
+        self._stage: Stage
 
     def is_serializable(self) -> bool:
         return True
@@ -134,8 +139,8 @@ class SlimQuantizer(HfQuantizer):
                 encoding = self.quantization_config.encoding_of(name)
                 put_encoded(model, name, empty_like(module, encoding, module.weight.dtype, "meta"))  # pyright: ignore
         elif self.quantization_config.method is not None:
-            config = make_config(self.quantization_config.method, self.quantization_config.options)
-            self._planned = stream_plan(model, self.quantization_config.method, config)
+            self._stage = make_stage(self.quantization_config.method, self.quantization_config.options)
+            self._planned = stream_plan(model, self._stage.method, self._stage.options)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -146,11 +151,8 @@ class SlimQuantizer(HfQuantizer):
 
     def encode(self, name: str, weight: Tensor, module: nn.Module) -> tuple[Encoding, dict[str, Tensor]]:
         """Encode one dense weight as the method says."""
-        method = find_method(self.quantization_config.method or "")
-        config = make_config(self.quantization_config.method or "", self.quantization_config.options)
-        layer = self._planned[name]
-        W = weight if tuple(weight.shape) == (layer.rows, layer.cols) and not _is_turned(module) else weight.T
-        return method.encode(W, layer, config, keep=None)
+        W = weight.T if isinstance(module, Conv1D) else weight
+        return find_method(self._stage.method).encode(W, self._planned[name], self._stage.options, keep=None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         mark(model)
@@ -158,7 +160,17 @@ class SlimQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         make_dense(model)
-        return model if dtype is None else model.to(dtype)  # pyright: ignore
+        # a model that has the dtype already is left alone: `.to` would round its float32 buffers (rotary tables) too
+        return model if dtype in (None, model.dtype) else model.to(dtype)  # pyright: ignore
+
+
+def _streaming_problem(method: ModuleType, config: MethodConfig) -> str | None:
+    """Why a method cannot encode one weight at a time, as they arrive."""
+    if method.RULES.needs:
+        return f"it needs {' and '.join(method.RULES.needs)} data"
+    if not hasattr(method, "encode"):
+        return "it does not encode weights"
+    return method.streaming_problem(config) if hasattr(method, "streaming_problem") else None
 
 
 def mark(model: PreTrainedModel) -> None:
@@ -201,10 +213,6 @@ def _unmark(model: PreTrainedModel) -> None:
         if hasattr(owner, attribute):
             delattr(owner, attribute)
     model.is_quantized = False  # pyright: ignore
-
-
-def _is_turned(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a notebook may import the package twice

@@ -1,0 +1,31 @@
+"""hf_slim makes language models smaller: quantization, pruning, parameter sharing and distillation for Transformers.
+
+Importing it teaches Transformers to read models that it wrote (`quant_method: hf_slim`) and changes nothing else.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("hf_slim")
+except PackageNotFoundError:  # a source tree on sys.path, not installed
+    __version__ = "0+unknown"
+
+from hf_slim.compress import compress
+from hf_slim.core.errors import SlimError
+from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.encodings.modules import cache_decoded
+from hf_slim.integration.transformers import SlimConfig
+from hf_slim.pruning.gradual import GradualMagnitudePruning
+from hf_slim.pruning.trainer import PruningTrainer
+
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "GradualMagnitudePruning",
+    "PruningTrainer",
+    "SlimConfig",
+    "SlimError",
+    "__version__",
+    "cache_decoded",
+    "compress",
+]

@@ -1,0 +1,151 @@
+"""Where a model comes from: a Hub id, a local folder or a GGUF file; its config, its skeleton, its weights.
+
+The skeleton is built on the meta device: planning reads a few kilobytes and no weight. Remote code is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from hf_slim.core.errors import ModelError
+from hf_slim.integration.transformers import QUANT_METHOD, SlimConfig, SlimQuantizer
+
+WEIGHTS = ("*.safetensors", "config.json", "*.gguf")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by name.
+
+    Args:
+        name: Hub id, local folder, or path of a GGUF file.
+        revision: branch, tag or commit on the Hub.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+
+    @property
+    def path(self) -> Path | None:
+        """The local folder or file, or None for a Hub id."""
+        path = Path(self.name).expanduser()
+        return path if path.exists() else None
+
+    def where(self) -> dict[str, Any]:
+        """Arguments that tell `from_pretrained` where the model is."""
+        path = self.path
+        if path is None and (self.name.startswith((".", "/", "~")) or self.name.endswith(".gguf")):
+            raise ModelError(f"model {self.name!r}: no such folder or file")
+        if path is not None and path.is_file():
+            if path.suffix != ".gguf":
+                raise ModelError(f"model {self.name!r} is a file; give its folder (only a .gguf file stands alone)")
+            return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return {"pretrained_model_name_or_path": str(path or self.name), "revision": self.revision or "main"}
+
+    def load_config(self) -> PretrainedConfig:
+        """The model's config.
+
+        Raises:
+            ModelError: it cannot be found or read.
+        """
+        try:
+            return AutoConfig.from_pretrained(**self.where())
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device; layers that are stored encoded are encoded in it."""
+        config = self.load_config()
+        stored = getattr(config, "quantization_config", None)
+        if stored is not None and stored.get("quant_method") != QUANT_METHOD and not self.where().get("gguf_file"):
+            raise ModelError(
+                f"model {self.name!r} is already quantized ({stored.get('quant_method')}); start from its dense original"
+            )
+        cls = model_class(config)
+        dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=dtype or torch.float32)
+        if stored is not None and stored.get("quant_method") == QUANT_METHOD:
+            SlimQuantizer(SlimConfig(**stored))._process_model_before_weight_loading(model)
+        return model
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights, in eval mode.
+
+        Raises:
+            ModelError: it cannot be found or read, a file is damaged, or weights are missing.
+        """
+        where = self.where()
+        cls = model_class(self.load_config())
+        try:
+            model, info = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True)
+        except SafetensorError as error:
+            raise ModelError(f"model {self.name!r}: a weights file is damaged ({error}); download it again") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"model {self.name!r}: cannot load it: {_first_line(error)}") from error
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:5])
+            raise ModelError(
+                f"model {self.name!r}: {len(info['missing_keys'])} weights are not in its files ({missing} ...); "
+                "they would be random. Use a complete checkpoint"
+            )
+        if "gguf_file" in where:
+            forget_gguf(model)
+        return model.eval()
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(**self.where())
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model {self.name!r}: cannot load its tokenizer: {_first_line(error)}") from error
+
+    def fingerprint(self) -> str:
+        """Changes when the model does: hashes of local files, or the Hub's commit."""
+        path = self.path
+        if path is None:
+            return f"{self.name}@{getattr(self.load_config(), '_commit_hash', None) or self.revision or 'main'}"
+        files = [path] if path.is_file() else sorted(f for pattern in WEIGHTS for f in path.glob(pattern))
+        return hashlib.sha256("".join(f"{f.name} {sha256(f)}\n" for f in files).encode()).hexdigest()
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config names, or the best `Auto` class when it names none."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ModelError(
+        f"config.json names no architecture that Transformers {transformers.__version__} knows "
+        f"(got {config.architectures}); models with code of their own are not supported"
+    )
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """A model read from GGUF is dense, but Transformers still marks it as quantized."""
+    model.hf_quantizer = None  # pyright: ignore
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,133 @@
+"""Training inside a stage: options that all training stages share, and one way of running a Trainer.
+
+A model is trained in float32 whatever its dtype (bfloat16 loses most of a small update) and handed back in its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_slim.core.context import Context
+from hf_slim.core.method import MethodConfig
+from hf_slim.encodings.modules import EncodedModule
+
+
+class TrainingOptions(MethodConfig):
+    """What every training stage takes."""
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    learning_rate: float = Field(2e-5, gt=0, description="peak of a linear schedule")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    batch_size: int = Field(4, ge=1, description="windows in a forward pass, on each process")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes in a step")
+    weight_decay: float = Field(0.0, ge=0)
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints that a killed run resumes")
+
+
+class Windows(Dataset):
+    """Token windows [samples, length] as a Trainer wants them; causal models get them as labels too."""
+
+    def __init__(self, ids: Tensor, labels: bool):
+        self.ids, self.labels = ids, labels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index]} | ({"labels": self.ids[index]} if self.labels else {})
+
+
+def train(
+    model: PreTrainedModel,
+    options: TrainingOptions,
+    context: Context,
+    arguments: type[TrainingArguments],
+    make_trainer: Callable[..., Trainer],
+    **extra: Any,
+) -> dict[str, Any]:
+    """Train `model` in place on the train windows.
+
+    Args:
+        arguments: class of the training arguments, called with `extra` beside the options.
+        make_trainer: called with `model`, `args` and `train_dataset`.
+
+    Returns:
+        Steps, tokens seen, and the first and last logged losses.
+    """
+    windows = Windows(context.tokens("train"), labels=model.can_generate())
+    with _folder(context) as folder, _float32(model):
+        args = arguments(
+            output_dir=str(folder),
+            max_steps=options.steps,
+            learning_rate=options.learning_rate,
+            warmup_steps=options.warmup,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation,
+            weight_decay=options.weight_decay,
+            save_strategy="steps" if options.checkpoint_every else "no",
+            save_steps=options.checkpoint_every or options.steps,
+            save_total_limit=1,
+            logging_steps=max(1, options.steps // 10),
+            seed=context.seed,
+            disable_tqdm=not context.progress.show,
+            report_to=[],
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **extra,
+        )
+        trainer = make_trainer(model=model, args=args, train_dataset=windows)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    model.eval()
+    return {
+        "steps": options.steps,
+        "tokens": options.steps * options.batch_size * options.gradient_accumulation * windows.ids.shape[1],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+@contextmanager
+def _folder(context: Context) -> Iterator[Path]:
+    """Where checkpoints go: the stage's own folder, or one that disappears."""
+    if context.work is not None:
+        context.work.mkdir(parents=True, exist_ok=True)
+        yield context.work
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _float32(model: nn.Module) -> Iterator[None]:
+    """Parameters in float32 for a while, then back in their own dtype. Buffers (rotary tables) are left alone."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    compute = {module: module.compute_dtype for module in model.modules() if isinstance(module, EncodedModule)}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    for module in compute:
+        module.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+            parameter.grad = None
+        for module, dtype in compute.items():
+            module.compute_dtype = dtype
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; its state file is written last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.partition("-")[2]))) if complete else None

@@ -1,0 +1,76 @@
+"""Distillation of logits: a student learns to predict what its teacher predicts (Hinton et al. 2015, arXiv:1503.02531).
+
+loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * cross entropy, a mean over tokens; KL reversed on demand.
+
+By default the teacher is the original model and the student its compressed self, which needs no layer maps and no labels:
+training recovers what compression broke. What `during` names happens to the student while it is trained: gradual
+pruning, whose zeros are stored as such at the end. Kernels are in `losses.py`, the loop is `DistillationTrainer`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from transformers import PreTrainedModel
+
+from hf_slim.core.context import Context
+from hf_slim.core.layers import plan_layers
+from hf_slim.core.method import Rules
+from hf_slim.core.model import ModelSource
+from hf_slim.core.report import StageReport
+from hf_slim.core.select import Layer
+from hf_slim.core.stage import StageList
+from hf_slim.core.training import TrainingOptions, train
+from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.methods import find_method
+
+RULES = Rules(needs=("train", "original"), preserves=("zeros",), paper="Hinton et al. 2015, arXiv:1503.02531")
+
+
+class Config(TrainingOptions):
+    """Options of `distill.logits`."""
+
+    student: Literal["self"] = Field("self", description="the model as the stages before left it")
+    teacher: str | None = Field(None, description="Hub id or folder; the original model if not given")
+    temperature: float = Field(2.0, gt=0, description="both models' logits are divided by it")
+    alpha: float = Field(1.0, ge=0, le=1, description="share of the distillation loss; the label loss has the rest")
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    during: StageList = Field((), description="what happens while training, such as prune.gradual")
+
+    @field_validator("during")
+    @classmethod
+    def _are_callbacks(cls, stages: StageList) -> StageList:
+        """Refuse stages that are no callbacks."""
+        wrong = [stage.method for stage in stages if not hasattr(find_method(stage.method), "callback")]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} cannot happen during training; make it a stage of its own, after this one")
+        return stages
+
+
+def plan(layers: dict[str, Layer], config: Config) -> dict[str, Layer]:
+    """The layers that `during` re-encodes, as they will be stored."""
+    changed: dict[str, Layer] = {}
+    for stage in config.during:
+        changed |= plan_layers(layers | changed, find_method(stage.method), stage.options)
+    return changed
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Train the model against its teacher."""
+    teacher = context.original if config.teacher is None else ModelSource(config.teacher).load()
+    methods = [find_method(stage.method) for stage in config.during]
+    callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
+    metrics: dict[str, Any] = train(
+        model,
+        config,
+        context,
+        DistillationConfig,
+        partial(DistillationTrainer, teacher=teacher, callbacks=callbacks),
+        temperature=config.temperature,
+        alpha=config.alpha,
+        divergence=config.divergence,
+    )
+    rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
+    return StageReport(layers=rows, metrics=metrics)

@@ -1,0 +1,80 @@
+"""The model card: what was done, what was measured, and how to do it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_slim.core.report import RunReport
+from hf_slim.export.table import stage_seconds, summary
+from hf_slim.recipe import Recipe
+
+
+def model_card(report: RunReport) -> str:
+    """README.md of an artifact: metadata for the Hub, the table, use, recipe, command."""
+    recipe = Recipe.model_validate(report.recipe)
+    return "\n".join(
+        [
+            *_metadata(report),
+            "",
+            f"# {_short_name(report.model)}, made smaller with hf_slim",
+            "",
+            f"`{report.model}` after {', '.join(f'`{s.method}`' for s in recipe.stages if _compresses(s.method))}.",
+            "",
+            *_table(report),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import hf_slim  # teaches Transformers to read this folder",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer"
+            if _is_causal(report)
+            else "from transformers import AutoModel, AutoTokenizer",
+            "",
+            f'model = {"AutoModelForCausalLM" if _is_causal(report) else "AutoModel"}.from_pretrained("THIS_FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+            "```",
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            recipe.to_yaml().rstrip(),
+            "```",
+            "",
+            f"Save it as `recipe.yaml`; `hf-slim run recipe.yaml --model {report.model} --out OUT` does it again.",
+            "",
+            *_provenance(report),
+            "",
+        ]
+    )
+
+
+def _metadata(report: RunReport) -> list[str]:
+    lines = ["---", "library_name: transformers", "tags:", "- hf_slim"]
+    if "/" in report.model and not Path(report.model).exists() and not report.model.startswith((".", "~", "/")):
+        lines.append(f"base_model: {report.model}")
+    return [*lines, "---"]
+
+
+def _table(report: RunReport) -> list[str]:
+    lines = ["| measured | original | this model |", "|---|---:|---:|"]
+    lines += [f"| {row.what} | {row.before} | {row.after} |" for row in summary(report)]
+    lines += ["", "| stage | time |", "|---|---:|"]
+    return lines + [f"| {stage} | {seconds} |" for stage, seconds in stage_seconds(report)]
+
+
+def _provenance(report: RunReport) -> list[str]:
+    notes = [f"- {stage.method}: {note}" for stage in report.stages for note in stage.notes]
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return [f"Made with {versions}; seed {report.recipe.get('seed', 0)}. Details: `slim.json`.", *notes]
+
+
+def _short_name(model: str) -> str:
+    return Path(model).name
+
+
+def _compresses(method: str) -> bool:
+    return not method.startswith("evaluate.")
+
+
+def _is_causal(report: RunReport) -> bool:
+    return report.architecture.endswith(("ForCausalLM", "LMHeadModel"))

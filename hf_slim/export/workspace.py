@@ -1,0 +1,181 @@
+"""The output folder while a run is under way: what is finished, what it was made from, and nothing half-written.
+
+    OUT/.slim/manifest.json    what the run was made from, and the report of every finished stage
+    OUT/.slim/model-N/         the model after stage N (the last one only)
+    OUT/.slim/stage-N/         files of the stage that is running: finished blocks, trainer checkpoints
+
+Every step ends with an atomic replacement of the manifest; what it does not name does not count. When all stages are
+done the artifact is written to OUT/.slim/artifact and moved into place, and `.slim` goes away.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_slim.core.errors import ArtifactError, ResumeError, SlimError
+from hf_slim.core.files import write_text
+from hf_slim.core.parallel import is_main, wait_for_all
+from hf_slim.core.report import StageReport
+
+WORK = ".slim"
+REPORT = "slim.json"
+
+
+class Workspace:
+    """The output folder of one run.
+
+    Args:
+        out: the folder; it must not exist, be empty, or be ours.
+    """
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.work = out / WORK
+        self.reports: list[StageReport] = []
+        self.model_folder: str | None = None
+        self._inputs: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Refuse a folder that is not ours.
+
+        Raises:
+            ArtifactError: it is a file, holds other things, or cannot be written.
+        """
+        if self.out.is_file():
+            raise ArtifactError(f"{self.out} is a file; give a folder")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.is_finished() or self.work.is_dir()):
+            raise ArtifactError(f"{self.out} exists and was not written by hf_slim; give another folder, or empty it")
+        parent = next(p for p in [self.out, *self.out.absolute().parents] if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise ArtifactError(f"{self.out} cannot be written: no permission in {parent}")
+
+    def is_finished(self) -> bool:
+        """Whether an earlier run has left its artifact here."""
+        return (self.out / REPORT).is_file()
+
+    def open(self, inputs: dict[str, Any]) -> None:
+        """Start, or take up what an earlier run with the same inputs left.
+
+        Raises:
+            ResumeError: the folder's run was made from other inputs; says which.
+        """
+        self._inputs = inputs
+        found = self._read_manifest()
+        if found is None:
+            if is_main():
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(parents=True)
+                self._write_manifest()
+            wait_for_all()
+            return
+        self.refuse_other_inputs(found["inputs"])
+        self.reports = [StageReport.model_validate(report) for report in found["stages"]]
+        self.model_folder = found["model"]
+
+    def refuse_other_inputs(self, made_from: dict[str, Any]) -> None:
+        """Fail when the folder's content was made from something else.
+
+        Raises:
+            ResumeError: names what changed.
+        """
+        changed = [key for key in sorted(self._inputs | made_from) if self._inputs.get(key) != made_from.get(key)]
+        if changed:
+            raise ResumeError(
+                [
+                    f"{self.out}: {key} changed since this run began (was {_short(made_from.get(key))}, "
+                    f"is {_short(self._inputs.get(key))}); restore it, or start anew with --overwrite"
+                    for key in changed
+                ]
+            )
+
+    def finished(self) -> dict[str, Any]:
+        """`slim.json` of the artifact that is here."""
+        return json.loads((self.out / REPORT).read_text())
+
+    def clear(self) -> None:
+        """Throw away what an earlier run of ours left (files that are not ours stay)."""
+        if not is_main():
+            return
+        if self.is_finished():
+            for name in self.finished().get("files", []):
+                (self.out / name).unlink(missing_ok=True)
+            (self.out / REPORT).unlink()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def stage_folder(self, number: int) -> Path:
+        """Where stage `number` keeps its own files while it runs."""
+        return self.work / f"stage-{number}"
+
+    def finish_stage(self, number: int, report: StageReport, model: Any = None) -> None:
+        """Note a finished stage; with a model, keep the model as it is after it."""
+        previous = self.model_folder
+        self.reports.append(report)
+        if is_main():
+            if model is not None:
+                folder = self.work / f"model-{number}"
+                shutil.rmtree(folder, ignore_errors=True)
+                model.save_pretrained(folder)
+                self.model_folder = folder.name
+            self._write_manifest()
+            shutil.rmtree(self.stage_folder(number), ignore_errors=True)
+            if previous and previous != self.model_folder:
+                shutil.rmtree(self.work / previous, ignore_errors=True)
+        elif model is not None:
+            self.model_folder = f"model-{number}"
+        wait_for_all()
+
+    def publish(self, staged: Path) -> None:
+        """Move the staged artifact into place, `slim.json` last: a folder with it is complete."""
+        names = sorted(p.name for p in staged.iterdir())
+        for name in [n for n in names if n != REPORT] + [REPORT]:
+            os.replace(staged / name, self.out / name)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        path = self.work / "manifest.json"
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except json.JSONDecodeError as error:
+            raise ResumeError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+
+    def _write_manifest(self) -> None:
+        content = {
+            "inputs": self._inputs,
+            "stages": [report.model_dump(mode="json") for report in self.reports],
+            "model": self.model_folder,
+        }
+        write_text(self.work / "manifest.json", json.dumps(content, indent=1))
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk into a message; what was finished before stays and can be resumed."""
+    try:
+        yield
+    except SlimError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error):
+            free = shutil.disk_usage(next(p for p in [folder, *folder.absolute().parents] if p.exists())).free
+            raise ArtifactError(
+                f"the disk that holds {folder} is full ({free / 2**20:.0f} MiB free); make room and run the same "
+                "command again: finished stages are kept"
+            ) from error
+        raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else text[:21] + '..."'

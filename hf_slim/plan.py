@@ -1,0 +1,198 @@
+"""The plan: what will happen to every layer, before any weight is loaded; or every reason why it cannot.
+
+A recipe's stages are played through on the model's skeleton (meta device). Each re-encoding stage states, from shapes
+alone, how each layer will be stored; rules between stages are data on the methods, so an order that would silently undo
+an earlier stage is refused here, with the order that works.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_slim.core.errors import PlanError
+from hf_slim.core.layers import plan_layers
+from hf_slim.core.model import ModelSource
+from hf_slim.core.select import Layer, find_layers
+from hf_slim.core.size import count_weights, stored_bytes
+from hf_slim.core.stage import Stage
+from hf_slim.methods import find_method
+from hf_slim.recipe import Recipe
+
+ROLES = ("calibration", "train", "held_out")
+TRAINING_BYTES = 16  # a float32 weight, its gradient and AdamW's two moments
+RUNTIME_BYTES = 700 << 20  # Python, PyTorch and Transformers themselves, measured
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: the layers it re-encodes, as they will be after it, and the memory it will take."""
+
+    stage: Stage
+    layers: dict[str, Layer]
+    memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first weight is read.
+
+    Args:
+        layers: the model's layers as they are now.
+        other_bytes: norms, biases, position tables: what no stage touches.
+        parameters: weights of the dense model, each shared one counted once.
+        stages: one entry a stage.
+        notes: what is odd but allowed.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    layers: dict[str, Layer]
+    other_bytes: int
+    parameters: int
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def final_layers(self) -> dict[str, Layer]:
+        """The layers as they will be at the end."""
+        merged = dict(self.layers)
+        for stage in self.stages:
+            merged |= stage.layers
+        return merged
+
+    @property
+    def bytes_before(self) -> int:
+        return self.other_bytes + sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return self.other_bytes + sum(layer.nbytes for layer in self.final_layers.values())
+
+    def roles(self) -> list[str]:
+        """The data that the stages need."""
+        needed = {need for stage in self.stages for need in find_method(stage.stage.method).RULES.needs}
+        return [role for role in ROLES if role in needed]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.source.name,
+            "parameters": self.parameters,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "notes": list(self.notes),
+            "stages": [
+                {
+                    "method": s.stage.method,
+                    "memory": s.memory,
+                    "layers": [
+                        {"name": n, "shape": [x.rows, x.cols], "encoding": x.encoding.describe(), "bytes": x.nbytes}
+                        for n, x in s.layers.items()
+                        if x.encoding is not None
+                    ],
+                }
+                for s in self.stages
+            ],
+        }
+
+
+def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
+    """Play a recipe through on the model's skeleton.
+
+    Raises:
+        PlanError: everything that cannot work, at once.
+        ModelError: the model's config cannot be found or read.
+    """
+    if source is None:
+        if recipe.model is None:
+            raise PlanError("no model: give `model:` in the recipe, or --model on the command line")
+        source = ModelSource(recipe.model, recipe.revision, recipe.dtype)
+    skeleton = source.skeleton()
+    layers = find_layers(skeleton)
+    other = stored_bytes(skeleton) - sum(layer.nbytes for layer in layers.values())
+    problems, stages = order_problems(recipe.stages), []
+    current = dict(layers)
+    for number, stage in enumerate(recipe.stages, 1):
+        try:
+            changed = plan_stage(current, stage)
+        except PlanError as error:
+            problems += [f"stage {number}, {stage.method}: {problem}" for problem in error.problems]
+            changed = {}
+        current |= changed
+        stages.append(StagePlan(stage, changed, _memory(stage, current, other)))
+    if problems:
+        raise PlanError(problems)
+    return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), tuple(_notes(stages, recipe.stages)))
+
+
+def plan_stage(layers: dict[str, Layer], stage: Stage) -> dict[str, Layer]:
+    """The layers that a stage changes, as they will be after it.
+
+    Raises:
+        PlanError: what this stage cannot do.
+    """
+    method, config = find_method(stage.method), stage.options
+    if hasattr(method, "encoding"):
+        return plan_layers(layers, method, config)
+    return method.plan(layers, config) if hasattr(method, "plan") else {}
+
+
+def order_problems(stages: tuple[Stage, ...]) -> list[str]:
+    """Stages that would undo what an earlier one made."""
+    problems = []
+    made: dict[str, tuple[int, str]] = {}
+    for number, stage in enumerate(stages, 1):
+        rules = find_method(stage.method).RULES
+        for what, (earlier, maker) in made.items():
+            if what not in rules.preserves:
+                problems.append(
+                    f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
+                    f"{_LOSSES.get(what, what)}; put {stage.method} before {maker}"
+                )
+        made |= {what: (number, stage.method) for what in _makes(stage)}
+    return problems
+
+
+_LOSSES = {
+    "codes": "it trains weights, and those are stored as integer codes by then",
+    "zeros": "it would fill the pruned zeros again",
+}
+
+
+def _makes(stage: Stage) -> tuple[str, ...]:
+    during = getattr(stage.options, "during", ())
+    return find_method(stage.method).RULES.makes + tuple(what for inner in during for what in _makes(inner))
+
+
+def _memory(stage: Stage, layers: dict[str, Layer], other: int) -> int:
+    """A bound for the stage's peak, bytes: what is resident, and what the method adds."""
+    weights = sum(layer.rows * layer.cols for layer in layers.values() if layer.tied_to is None)
+    stored = other + sum(layer.nbytes for layer in layers.values())
+    widest = max((layer.cols for layer in layers.values() if layer.kind == "linear"), default=0)
+    largest = max((layer.rows * layer.cols for layer in layers.values()), default=0)
+    needs = find_method(stage.method).RULES.needs
+    extra = 4 * 4 * largest  # a few float32 copies of the largest weight
+    if "calibration" in needs:
+        extra += 4 * 4 * widest * widest
+    if "train" in needs:
+        extra += TRAINING_BYTES * weights
+    if "original" in needs:
+        extra += 2 * weights
+    return RUNTIME_BYTES + stored + extra
+
+
+def _notes(plans: list[StagePlan], stages: tuple[Stage, ...]) -> list[str]:
+    notes = []
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for number, plan in enumerate(plans, 1):
+        if plan.memory > available:
+            notes.append(
+                f"stage {number}, {plan.stage.method}, may need {plan.memory / 2**30:.1f} GiB; "
+                f"this machine has {available / 2**30:.1f} GiB"
+            )
+    compressing = [i for i, s in enumerate(stages) if not s.method.startswith("evaluate.")]
+    if any(s.method.startswith("evaluate.") for s in stages[: compressing[-1] if compressing else 0]):
+        notes.append("an evaluate stage stands before the last compressing stage: it does not measure the final model")
+    return notes

@@ -1,0 +1,95 @@
+"""Magnitude pruning in one shot: the smallest weights go (Han et al. 2015, arXiv:1506.02626).
+
+keep[r, c] = |W[r, c]| is among the largest (1 - sparsity) of its layer, or of all chosen layers together ("global"); or,
+for a pattern "n:m", among the n largest of every m consecutive columns of a row.
+
+W [rows, cols]. What remains is stored as a bit mask and the surviving values (`encodings/sparse.py`): a layer that lost
+half of its bf16 weights takes 9 bits a weight. The count of zeros is exact, to one weight; ties are broken by position.
+What an earlier pruning set to zero stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_slim.core.context import Context
+from hf_slim.core.layers import Encoded, check_weights, plan_layers, put_layer
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import StageReport
+from hf_slim.core.select import Layer, Select, find_layers
+from hf_slim.core.swap import get_keep, get_weight
+from hf_slim.encodings import Sparse
+from hf_slim.methods import find_method
+from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
+from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern, survivors
+
+RULES = Rules(makes=("zeros",), preserves=("zeros", "codes"), paper="Han et al. 2015, arXiv:1506.02626")
+
+
+class Config(MethodConfig):
+    """Options of `prune.magnitude`."""
+
+    sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights to drop; an n:m pattern sets its own")
+    pattern: Pattern = Field("unstructured", description="'unstructured', or 'n:m': keep n of every m columns")
+    scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or over all of them")
+    layers: Select = Select()
+
+
+def keep_masks(weights: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Masks Bool[rows, cols] of weights [rows, cols], by name; True where a weight stays."""
+    n_m = parse_pattern(config.pattern)
+    if n_m is not None:
+        return {name: n_m_mask(W, *n_m) for name, W in weights.items()}
+    if config.scope == "global":
+        return global_masks(weights, config.sparsity)
+    return {name: magnitude_mask(W, config.sparsity) for name, W in weights.items()}
+
+
+def encoding(layer: Layer, config: Config) -> Sparse:
+    """Mask and survivors. Under a global ranking a single layer's count is known only once the weights are."""
+    left = survivors(layer.rows, layer.cols, config.pattern, config.sparsity)
+    return Sparse(survivors=left if layer.survivors is None else min(left, layer.survivors))
+
+
+def problems(layer: Layer, config: Config) -> list[str]:
+    """Why a layer cannot be pruned this way."""
+    return column_problems(layer.name, layer.cols, config.pattern)
+
+
+def streaming_problem(config: Config) -> str | None:
+    """Why this cannot be done one weight at a time, as they arrive."""
+    return "scope 'global' ranks the weights of all layers together" if config.scope == "global" else None
+
+
+def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
+    """Prune one weight on its own."""
+    return _encode(W, keep_masks({"W": W}, config)["W"], keep)
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Prune the chosen layers of a model."""
+    layers = find_layers(model)
+    chosen = [layers[name] for name in plan_layers(layers, find_method("prune.magnitude"), config)]
+    check_weights(model, chosen)
+    modules = {layer.name: model.get_submodule(layer.name) for layer in chosen}
+    masks = keep_masks({name: get_weight(module) for name, module in modules.items()}, config)
+    rows = []
+    for layer in context.progress.track(chosen, "pruning layers"):
+        module = modules[layer.name]
+        encoded = _encode(get_weight(module), masks[layer.name], get_keep(module))
+        rows.append(put_layer(model, layer, encoded, metrics={"zeros": layer.rows * layer.cols - encoded[0].survivors}))
+    zeros, total = sum(row.metrics["zeros"] for row in rows), sum(row.rows * row.cols for row in rows)
+    return StageReport(layers=rows, metrics={"sparsity": zeros / total})
+
+
+def _encode(W: Tensor, keep: Bool[Tensor, "rows cols"], earlier: Tensor | None) -> tuple[Sparse, dict[str, Tensor]]:
+    keep = keep if earlier is None else keep & earlier
+    encoding = Sparse(survivors=int(keep.sum()))
+    return encoding, encoding.pack(W, keep)
+

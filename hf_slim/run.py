@@ -1,0 +1,157 @@
+"""Carry out a recipe: plan, run stage by stage, keep what is finished, write the artifact.
+
+Killed at any moment and started again with the same command, a run goes on after the last finished stage (a GPTQ stage
+after its last finished block) and ends with the same bytes. When the recipe, the model, the data or the code changed,
+it refuses and says what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+import hf_slim
+from hf_slim.core.apply import run_stage
+from hf_slim.core.context import Context
+from hf_slim.core.data import TokenWindows, load_tokens
+from hf_slim.core.layers import check_weights
+from hf_slim.core.model import ModelSource
+from hf_slim.core.parallel import is_main, wait_for_all
+from hf_slim.core.progress import Progress
+from hf_slim.core.report import RunReport
+from hf_slim.core.select import find_layers
+from hf_slim.export.artifact import write_artifact
+from hf_slim.export.workspace import Workspace, disk_errors
+from hf_slim.plan import Plan, make_plan
+from hf_slim.recipe import Recipe
+
+
+def run_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> RunReport:
+    """Run a recipe and leave an artifact that `from_pretrained` loads.
+
+    Args:
+        recipe: with its `model` set.
+        out: the artifact's folder: new, empty, or ours (an unfinished run is taken up).
+        overwrite: throw away what an earlier run of ours left there.
+        progress: progress bars; shown on a terminal by default.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        PlanError, ModelError, DataError, ArtifactError, ResumeError: before any weight is touched where possible.
+    """
+    plan = make_plan(recipe)
+    workspace = Workspace(Path(out))
+    workspace.check()
+    if overwrite:
+        workspace.clear()
+        wait_for_all()
+    tokenizer = plan.source.load_tokenizer() if plan.roles() else None
+    windows = {role: _windows(recipe, role, tokenizer) for role in plan.roles()}
+    inputs = fingerprints(recipe, plan.source, windows)
+    with disk_errors(workspace.out):
+        if workspace.is_finished():
+            return _already_there(workspace, inputs)
+        workspace.open(inputs)
+        model = _run_stages(plan, workspace, windows, tokenizer, progress or Progress())
+        return _finish(plan, workspace, model, tokenizer, inputs)
+
+
+def fingerprints(recipe: Recipe, source: ModelSource, windows: dict[str, TokenWindows]) -> dict[str, Any]:
+    """What decides the result of a run, as short strings."""
+    stages = recipe.to_dict()
+    stages.pop("model", None)
+    return {
+        "recipe": _digest(json.dumps(stages, sort_keys=True)),
+        "model": source.fingerprint(),
+        "code": f"hf_slim {hf_slim.__version__} {code_digest()[:12]}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    } | {f"data.{role}": found.fingerprint for role, found in windows.items()}
+
+
+@cache
+def code_digest() -> str:
+    """Changes when any source file of the package does."""
+    package = Path(__file__).parent
+    files = sorted(package.rglob("*.py"))
+    return _digest("".join(f"{f.relative_to(package)} {_digest(f.read_text())}\n" for f in files))
+
+
+def _run_stages(
+    plan: Plan, workspace: Workspace, windows: dict[str, TokenWindows], tokenizer: Any, progress: Progress
+) -> PreTrainedModel:
+    done = len(workspace.reports)
+    model = _load(plan, workspace)
+    context = Context(
+        seed=plan.recipe.seed,
+        tokenizer=tokenizer,
+        windows=_by_role(windows),
+        load_original=plan.source.load,
+        progress=progress,
+    )
+    for number, planned in enumerate(plan.stages, 1):
+        if number <= done:
+            continue
+        progress.say(f"stage {number} of {len(plan.stages)}: {planned.stage.method}")
+        set_seed(plan.recipe.seed)
+        folder = workspace.stage_folder(number)
+        context.blocks, context.work = folder / "blocks", folder / "training"
+        report = run_stage(model, planned.stage, context)
+        changes = not planned.stage.method.startswith("evaluate.")
+        context.release_original()
+        workspace.finish_stage(number, report, model if changes else None)
+    return model
+
+
+def _load(plan: Plan, workspace: Workspace) -> PreTrainedModel:
+    """The model as the last finished stage left it, or the original."""
+    if workspace.model_folder is not None:
+        return ModelSource(str(workspace.work / workspace.model_folder)).load()
+    model = plan.source.load()
+    check_weights(model, [x for x in find_layers(model).values() if x.tied_to is None])
+    return model
+
+
+def _finish(
+    plan: Plan, workspace: Workspace, model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Any]
+) -> RunReport:
+    report = None
+    if is_main():
+        tokenizer = tokenizer or plan.source.load_tokenizer()
+        staged = workspace.work / "artifact"
+        report = write_artifact(plan, workspace.reports, model, tokenizer, inputs, staged)
+        workspace.publish(staged)
+    wait_for_all()
+    return report or RunReport.model_validate(workspace.finished())
+
+
+def _already_there(workspace: Workspace, inputs: dict[str, Any]) -> RunReport:
+    found = workspace.finished()
+    workspace._inputs = inputs
+    workspace.refuse_other_inputs(found["inputs"])
+    return RunReport.model_validate(found)
+
+
+def _windows(recipe: Recipe, role: str, tokenizer: Any) -> TokenWindows:
+    source = getattr(recipe.data, role) or recipe.data.calibration
+    return load_tokens(source, role, tokenizer, recipe.seed)  # pyright: ignore[reportArgumentType]
+
+
+def _by_role(windows: dict[str, TokenWindows]) -> Callable[[str], Tensor]:
+    return lambda role: windows[role].ids
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
