@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?= -q
+PYTEST_ARGS ?= -q -n auto --maxprocesses 4
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -17,8 +17,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
+# One thread a process: tiny models gain nothing from more, and processes that compete for cores lose a factor of ten.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
