@@ -165,7 +165,7 @@ recipes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(recipes)
 def test_text_and_recipe_give_each_other_back(tree):
     recipe = Recipe.model_validate(tree)
@@ -379,7 +379,7 @@ yaml_like = (
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     yaml_like, st.lists(st.text() | yaml_like.map("seed={}".format) | yaml_like.map("stages.0.{}".format), max_size=2)
 )
@@ -396,7 +396,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(trees)
 def test_dump_and_parse_are_inverse_for_any_tree(tree):
     text = strict_yaml.dump(tree)
@@ -405,7 +405,7 @@ def test_dump_and_parse_are_inverse_for_any_tree(tree):
     assert document.problems == []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(trees)
 def test_garbage_of_the_right_syntax_raises_recipe_errors_only(tree):
     stages = [tree, [tree], [{"quantize.gptq": tree}], [{"distill.logits": {"during": tree}}]]
