@@ -39,9 +39,16 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import Field, PositiveInt
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from hf_slim.core.context import Context
 from hf_slim.core.errors import SlimError
-from hf_slim.core.method import MethodConfig
+from hf_slim.core.layers import Encoded, encode_layers, plan_targets, worth_masking
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import StageReport
+from hf_slim.core.select import Layer, Select
+from hf_slim.encodings import Codebook
+from hf_slim.methods import find_method
 
 Scope = Literal["tensor", "row"] | PositiveInt
 
@@ -51,6 +58,15 @@ GRID_REACH = 8  # cells to either side that a boundary may move in the first pas
 REACH = 4  # candidates to either side in every later pass
 DENSITY_SAMPLES = 4096  # sorted values that the density of a long book is estimated from
 CHUNK = 1 << 21  # candidate pairs or values worked on at a time: bounds memory, stays near the cache
+
+
+RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Han et al. 2016, arXiv:1510.00149")
+
+
+class Embeddings(MethodConfig):
+    """How the input embedding is clustered, and with it a head that shares it: one table for all of it."""
+
+    bits: int = Field(8, ge=1, le=8)
 
 
 class Config(MethodConfig):
@@ -65,6 +81,8 @@ class Config(MethodConfig):
     bits: int = Field(4, ge=1, le=8)
     scope: Scope = 16
     iterations: PositiveInt = 2
+    layers: Select = Select()
+    embeddings: Embeddings | None = None
 
 
 def cluster(
@@ -170,12 +188,12 @@ def _fit(
     fresh = x[:, 1:] != x[:, :-1]
     many = fresh.sum(1) >= clusters
     if many.all():
-        return _fit_many(x.double(), h, clusters, iterations)
+        return _fit_many(x, h, clusters, iterations)
     c = x[:, -1:].double().repeat(1, clusters)
     rank = torch.cat([torch.zeros_like(fresh[:, :1]), fresh], 1)[~many].cumsum(1)
     c[~many] = c[~many].scatter(1, rank, x[~many].double())
     if many.any():
-        c[many] = _fit_many(x[many].double(), None if h is None else h[many], clusters, iterations)
+        c[many] = _fit_many(x[many], None if h is None else h[many], clusters, iterations)
     return c
 
 
@@ -184,13 +202,14 @@ def _fit_many(
 ) -> Float[Tensor, "books clusters"]:
     """As `_fit`, for books with more distinct values than clusters."""
     # Centred: gains of values far from zero would be differences of large, nearly equal numbers.
-    centre = x.mean(1, keepdim=True)
-    M, S = _prefix_sums(x - centre, h)
+    centre = x[:, x.shape[1] // 2, None].double()
+    x = x - centre
+    M, S = _prefix_sums(x, h)
     p = _boundaries(x, M, S, clusters, iterations)
     mass, moment = M.gather(1, p).diff(dim=1), S.gather(1, p).diff(dim=1)
     # A cluster without weight takes the value it starts at, which keeps the centroids ascending.
     empty = x.gather(1, p[:, :-1].clamp(max=x.shape[1] - 1))
-    return torch.where(mass > 0, centre + moment / mass, empty).cummax(1).values
+    return centre + torch.where(mass > 0, moment / mass, empty).cummax(1).values
 
 
 def _prefix_sums(
@@ -232,9 +251,7 @@ def _boundaries(
     return p
 
 
-def _density_grid(
-    x: Float[Tensor, "books n"], M: Float[Tensor, "books n1"], cells: int
-) -> Int[Tensor, "books cells1"]:
+def _density_grid(x: Float[Tensor, "books n"], M: Float[Tensor, "books n1"], cells: int) -> Int[Tensor, "books cells1"]:
     """Positions 0..n that cut the integral of density^(1/3) into `cells` equal parts.
 
     Between neighbouring values the density is weight / gap, so the integral grows by weight^(1/3) * gap^(2/3). A
@@ -250,7 +267,11 @@ def _density_grid(
     gap = x[:, sample].diff(dim=1)
     upto = M[:, sample[1:] + 1].where(gap > 0, 0).cummax(1).values
     mass = upto.diff(dim=1, prepend=torch.zeros_like(upto[:, :1]))
-    integral = (mass * gap**2).pow_(1 / 3).cumsum(1)
+    growth = (mass * gap**2).pow_(1 / 3)
+    # No gap may claim more than one cluster: beyond an outlier there is nothing to cut.
+    for _ in range(3):
+        growth = growth.minimum(growth.sum(1, keepdim=True) * (GRID_CELLS / cells))
+    integral = growth.cumsum(1)
     level = torch.arange(1, cells, dtype=x.dtype, device=x.device) / cells
     at = torch.searchsorted(integral, (level * integral[:, -1:]).contiguous())
     inner = sample[at.clamp_(max=len(sample) - 1)] + 1
@@ -337,9 +358,7 @@ def _move_to_zero(
     return c.masked_fill(nearest & books_with_zero[:, None], 0.0)
 
 
-def _anchor_zero(
-    h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books n"]
-) -> Float[Tensor, "books n"]:
+def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books n"]) -> Float[Tensor, "books n"]:
     """Weights in which pruned entries (value 0) outweigh all survivors a million times.
 
     The cluster that holds them then has its mean at zero whatever else it holds, which makes the search place the
@@ -390,3 +409,30 @@ def _check_matrix(W: Tensor, bits: int, scope: Scope, weights: Tensor | None, ke
         problems.append(f"keep must be a boolean mask of shape {list(W.shape)}, got {keep.dtype} {list(keep.shape)}")
     if problems:
         raise SlimError(problems)
+
+
+def encoding(layer: Layer, config: Config) -> Codebook:
+    """How a layer will be stored."""
+    bits, scope = config.bits, config.scope
+    if layer.kind == "embedding" and config.embeddings is not None:
+        bits, scope = config.embeddings.bits, "tensor"
+    rows_per_book = {"tensor": None, "row": 1}.get(scope, scope) if isinstance(scope, str) else scope
+    survivors = worth_masking(layer, bits)
+    return Codebook(bits=bits, clusters=2**bits, rows_per_book=rows_per_book, survivors=survivors)
+
+
+def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
+    """Cluster one weight. When the mask is stored, no centroid is spent on the pruned weights."""
+    stored = encoding(layer, config)
+    scope = stored.rows_per_book or "tensor"
+    if keep is None or stored.survivors is None:
+        codes, centroids = quantize(W, stored.bits, scope, None, keep, config.iterations)
+        return stored, stored.pack(codes, centroids)
+    codes, centroids = quantize(W, stored.bits, scope, keep.float(), None, config.iterations)
+    return stored, stored.pack(codes, centroids, keep)
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Cluster the chosen layers of a model."""
+    chosen = plan_targets(model, "share.kmeans", config)
+    return StageReport(layers=encode_layers(model, chosen, find_method("share.kmeans"), config, context.progress))
