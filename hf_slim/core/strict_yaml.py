@@ -64,6 +64,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes every word that YAML 1.1 or 1.2 would read as something else."""
 
+    def represent_str(self, data: str) -> ScalarNode:
+        # Only double quotes escape; the other styles fold or change rare line breaks such as U+0085.
+        return self.represent_scalar(_TAG + "str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _kind, _pattern, _first in _CORE_SCHEMA:
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)

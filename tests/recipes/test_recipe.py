@@ -137,7 +137,7 @@ def test_recipe_and_stage_are_frozen():
 
 
 words = st.text(min_size=1, max_size=8) | st.sampled_from(
-    ["no", "~", "1e-4", "0x1", "1:30", "- a", "a: b", "'", ".nan"]
+    ["no", "~", "1e-4", "0x1", "1:30", "- a", "a: b", "'", ".nan", "\x85", "a\u2028 b", "a\n\n b "]
 )
 quantize = st.fixed_dictionaries(
     {},
