@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.method import MethodConfig
+from hf_slim.core.progress import Progress
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
 from hf_slim.core.swap import encode_layer, get_keep, get_weight
@@ -117,15 +117,31 @@ def put_layer(
     )
 
 
-def encode_layers(model: nn.Module, method: ModuleType, config: MethodConfig, context: Any) -> list[LayerReport]:
-    """Re-encode every target layer by `method.encode`, which needs no data."""
-    layers = find_layers(model)
-    chosen = [layers[name] for name in plan_layers(layers, method, config)]
-    check_weights(model, chosen)
+def encode_layers(
+    model: nn.Module, layers: Iterable[Layer], method: ModuleType, config: MethodConfig, progress: Progress
+) -> list[LayerReport]:
+    """Re-encode layers by `method.encode`, which needs no data."""
     rows = []
-    for layer in context.progress.track(chosen, "encoding layers"):
+    for layer in progress.track(layers, "encoding layers"):
         module = model.get_submodule(layer.name)
-        W, keep = get_weight(module), get_keep(module)
-        rows.append(put_layer(model, layer, method.encode(W, layer, config, keep)))
+        rows.append(put_layer(model, layer, method.encode(get_weight(module), layer, config, get_keep(module))))
     return rows
 
+
+def worth_masking(layer: Layer, bits: int) -> int | None:
+    """Survivors of a pruned layer, when a mask and their codes take less room than codes for every weight."""
+    if layer.survivors is None or layer.rows * layer.cols + layer.survivors * bits >= layer.rows * layer.cols * bits:
+        return None
+    return layer.survivors
+
+
+def plan_targets(model: nn.Module, address: str, config: MethodConfig) -> list[Layer]:
+    """The layers that a method will re-encode, checked: they can be, and their weights are finite.
+
+    Raises:
+        PlanError: layers that cannot be done; ModelError: NaN or infinite weights. Nothing has been changed.
+    """
+    layers = find_layers(model)
+    chosen = [layers[name] for name in plan_layers(layers, find_method(address), config)]
+    check_weights(model, chosen)
+    return chosen

@@ -143,8 +143,11 @@ def forget_gguf(model: PreTrainedModel) -> None:
 
 def sha256(path: Path) -> str:
     """Hash of a file's content."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,18 +11,24 @@ Log-softmax in float32. The standard error treats windows as independent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError
-from hf_slim.core.method import MethodConfig
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import StageReport
 from hf_slim.evaluation.forward import evaluating, logits_of, require_context, standard_error
 
 CHUNK = 128  # rows whose float32 distributions exist at a time: 25 MB each at a vocabulary of 49,152
+
+
+RULES = Rules(needs=("held_out", "original"), preserves=("zeros", "codes"), paper="Kullback & Leibler 1951")
 
 
 class Config(MethodConfig):
@@ -101,3 +107,8 @@ def agreement(
         top1=float(matches.double().mean()),
         tokens=matches.numel(),
     )
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """How closely the model as it is now follows its original on held-out text."""
+    return StageReport(metrics=asdict(agreement(model, context.original, context.tokens("held_out"), config.batch)))

@@ -19,10 +19,17 @@ import torch
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError
-from hf_slim.core.method import MethodConfig
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import StageReport
+from hf_slim.encodings.modules import cache_decoded
 from hf_slim.evaluation.forward import accepts, device_of, evaluating, is_causal, require_context
+
+
+RULES = Rules(needs=("original",), preserves=("zeros", "codes"))
 
 
 class Config(MethodConfig):
@@ -166,3 +173,17 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Speed of the original, of the model as it is now, and of that with its weights decoded once."""
+    sizes = (config.prompt_length, config.new_tokens, config.repeats)
+    pair = latency_pair(model, context.original, *sizes)
+    cache_decoded(model)
+    try:
+        decoded = latency(model, *sizes)
+    finally:
+        cache_decoded(model, on=False)
+    found = {"before": pair.original, "after": pair.model, "decoded": decoded}
+    medians = {key: {"prefill": x.prefill.median, "decode": x.decode and x.decode.median} for key, x in found.items()}
+    return StageReport(metrics={**medians, "threads": decoded.threads, "device": decoded.device, **config.model_dump()})

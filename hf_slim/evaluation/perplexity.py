@@ -24,12 +24,18 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
+from hf_slim.core.context import Context
 from hf_slim.core.data import tokens_from
-from hf_slim.core.method import MethodConfig
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import StageReport
 from hf_slim.evaluation.forward import evaluating, logits_of, require_causal, require_context, standard_error
 
 CHUNK = 128  # positions whose float32 logits exist at a time: 25 MB at a vocabulary of 49,152
+
+
+RULES = Rules(needs=("held_out", "original"), preserves=("zeros", "codes"), paper="Jelinek et al. 1977")
 
 
 class Config(MethodConfig):
@@ -142,3 +148,11 @@ class Perplexity(evaluate.Metric):
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         windows = tokens_from(predictions, tokenizer, length)
         return asdict(perplexity(model, windows.ids, batch))
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Perplexity on held-out text, of the original and of the model as it is now."""
+    ids = context.tokens("held_out")
+    before = perplexity(context.original, ids, config.batch)
+    after = perplexity(model, ids, config.batch)
+    return StageReport(metrics={"before": asdict(before), "after": asdict(after)})

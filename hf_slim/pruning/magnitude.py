@@ -19,13 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.layers import Encoded, check_weights, plan_layers, put_layer
+from hf_slim.core.layers import Encoded, plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
-from hf_slim.core.select import Layer, Select, find_layers
+from hf_slim.core.select import Layer, Select
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Sparse
-from hf_slim.methods import find_method
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
 from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern, survivors
 
@@ -74,9 +73,7 @@ def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Te
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Prune the chosen layers of a model."""
-    layers = find_layers(model)
-    chosen = [layers[name] for name in plan_layers(layers, find_method("prune.magnitude"), config)]
-    check_weights(model, chosen)
+    chosen = plan_targets(model, "prune.magnitude", config)
     modules = {layer.name: model.get_submodule(layer.name) for layer in chosen}
     masks = keep_masks({name: get_weight(module) for name, module in modules.items()}, config)
     rows = []

@@ -27,21 +27,35 @@ Other differences from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_slim.core.context import Context
+from hf_slim.core.layers import encode_layers, plan_targets
+from hf_slim.core.method import Rules
+from hf_slim.core.report import StageReport
+from hf_slim.core.select import Layer
+from hf_slim.core.swap import get_keep, get_weight
+from hf_slim.core.walk import Solution, Statistics, walk
+from hf_slim.encodings import Affine
 from hf_slim.quantization import rtn
 from hf_slim.quantization.grid import Clip, fit_grid
 
 # What rounds one column: (weights [rows], column of W) -> (codes [rows], the values they stand for [rows]). The codes
 # may be of any type that holds them.
 RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+RULES = Rules(
+    needs=("calibration",), makes=("codes",), preserves=("zeros", "codes"), paper="Frantar et al. 2023, arXiv:2210.17323"
+)
 
 
 class Config(rtn.Config):
@@ -221,3 +235,65 @@ def quantize(
     scales, zeros = fit_grid(W, bits, group_size, symmetric, clip, scale_dtype, shared.importance(), keep)
     codes, W_hat = error_feedback(W, shared, grid_rounder(scales, zeros, bits, group_size), block, keep)
     return codes, scales, zeros, Report(shared.damping, relative_error(W, W_hat, H))
+
+
+def encoding(layer: Layer, config: Config) -> Affine:
+    """How a layer will be stored: as rounding stores it."""
+    return rtn.encoding(layer, config)
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Quantize block by block. Embeddings are rounded first, so that every block sees what they will put out."""
+    chosen = plan_targets(model, "quantize.gptq", config)
+    windows = context.tokens("calibration")
+    tables = [layer for layer in chosen if layer.kind == "embedding"]
+    layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
+    rows = encode_layers(model, tables, rtn, config, context.progress)
+
+    def solve(statistics: Mapping[str, Statistics]) -> dict[str, Solution]:
+        found: dict[str, Solution] = {}
+        for names in _fed_alike(statistics):
+            H = statistics[names[0]].hessian
+            found |= _solve(model, [layers[name] for name in names], H, config)
+        return found
+
+    rows += walk(model, list(layers.values()), windows, solve, context)
+    return StageReport(layers=rows, notes=[f"{row.name}: {note}" for row in rows for note in row.notes])
+
+
+def _fed_alike(statistics: Mapping[str, Statistics]) -> list[list[str]]:
+    """Names of layers with the same input, together."""
+    groups: dict[int, list[str]] = {}
+    for name, known in statistics.items():
+        groups.setdefault(id(known.hessian), []).append(name)
+    return list(groups.values())
+
+
+def _solve(model: nn.Module, layers: list[Layer], H: Tensor, config: Config) -> dict[str, Solution]:
+    """Solve layers with the same input in one go, stacked along their rows."""
+    modules = [model.get_submodule(layer.name) for layer in layers]
+    weights, masks = [get_weight(m) for m in modules], [get_keep(m) for m in modules]
+    try:
+        shared = factor(H, config.damping, config.act_order)
+    except SingularHessian as error:
+        notes = (f"rounded to nearest: {error}",)
+        return {
+            layer.name: Solution(rtn.encode(W, layer, config, keep), {}, notes)
+            for layer, W, keep in zip(layers, weights, masks, strict=True)
+        }
+    keep = None
+    if any(mask is not None for mask in masks):
+        full = [torch.ones_like(W, dtype=torch.bool) for W in weights]
+        keep = torch.cat([f if mask is None else mask for mask, f in zip(masks, full, strict=True)])
+    W = torch.cat(weights).float()
+    grid = (config.bits, config.group_size, config.symmetric, config.clip)
+    codes, scales, zeros, _ = quantize(W, H, *grid, block=config.block, keep=keep, shared=shared)
+    found, start = {}, 0
+    notes = (f"damping raised to {shared.damping:g}",) if shared.damping > config.damping else ()
+    for layer, mask in zip(layers, masks, strict=True):
+        own, start = slice(start, start + layer.rows), start + layer.rows
+        stored = encoding(layer, config)
+        tensors = stored.pack(codes[own], scales[own], zeros[own], None if stored.survivors is None else mask)
+        error = relative_error(W[own], stored.decode(tensors, layer.rows, layer.cols), H)
+        found[layer.name] = Solution((stored, tensors), {"output_error": error}, notes)
+    return found

@@ -14,9 +14,29 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_slim.core.method import MethodConfig
+from hf_slim.core.context import Context
+from hf_slim.core.layers import Encoded, encode_layers, plan_targets, worth_masking
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import StageReport
+from hf_slim.core.select import Layer, Select
+from hf_slim.encodings import Affine
+from hf_slim.methods import find_method
 from hf_slim.quantization.grid import Clip, fit_grid, round_to_grid
+
+
+RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Jacob et al. 2018, arXiv:1712.05877")
+
+_CHUNK = 1 << 24  # weights encoded at once: an embedding is not copied whole
+
+
+class Embeddings(MethodConfig):
+    """How the input embedding is quantized, and with it a head that shares it."""
+
+    bits: int = Field(8, ge=2, le=8, description="bits a code takes")
+    group_size: int | None = Field(None, ge=1, description="columns that share a scale; null for one scale a token")
+    symmetric: bool = False
 
 
 class Config(MethodConfig):
@@ -26,6 +46,8 @@ class Config(MethodConfig):
     group_size: int | None = Field(64, ge=1, description="columns that share a scale; null for one scale a row")
     symmetric: bool = Field(False, description="no stored zero points; the scale is signed")
     clip: Clip = Field("mse", description="'mse' searches the range of least squared error, 'minmax' keeps all of it")
+    layers: Select = Select()
+    embeddings: Embeddings | None = Field(None, description="quantize the input embedding (and a tied head) too")
 
 
 def quantize(
@@ -48,3 +70,35 @@ def quantize(
     kept = W.float() if keep is None else W.float() * keep
     scales, zeros = fit_grid(kept, bits, group_size, symmetric, clip, scale_dtype, importance)
     return round_to_grid(kept, scales, zeros, bits, group_size), scales, zeros
+
+
+def encoding(layer: Layer, config: Config) -> Affine:
+    """How a layer will be stored."""
+    chosen = config
+    if layer.kind == "embedding" and config.embeddings is not None:
+        chosen = config.embeddings
+    return Affine(
+        bits=chosen.bits,
+        group_size=chosen.group_size,
+        symmetric=chosen.symmetric,
+        survivors=worth_masking(layer, chosen.bits),
+    )
+
+
+def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
+    """Quantize one weight."""
+    stored = encoding(layer, config)
+    chunk = max(1, _CHUNK // W.shape[1])
+    masks = [None] * len(W.split(chunk)) if keep is None else keep.split(chunk)
+    parts = [
+        quantize(part, stored.bits, stored.group_size, stored.symmetric, config.clip, mask)
+        for part, mask in zip(W.split(chunk), masks, strict=True)
+    ]
+    codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return stored, stored.pack(codes, scales, zeros, None if stored.survivors is None else keep)
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Quantize the chosen layers of a model."""
+    chosen = plan_targets(model, "quantize.rtn", config)
+    return StageReport(layers=encode_layers(model, chosen, find_method("quantize.rtn"), config, context.progress))

@@ -1,0 +1,226 @@
+"""The command `hf-slim`: parse and print, nothing else.
+
+    hf-slim methods                        what there is
+    hf-slim inspect MODEL                  layers, shapes, bytes by kind, tied weights
+    hf-slim plan RECIPE                    what would happen to every layer; no weights are loaded
+    hf-slim run RECIPE --out DIR           do it
+    hf-slim eval MODEL                     perplexity, agreement, speed
+    hf-slim card DIR                       the model card of an artifact
+
+Every command takes --json. Recipes take overrides: `hf-slim run r.yaml --model M --out D seed=1 quantize.gptq.bits=3`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+import hf_slim
+from hf_slim.core.data import DataSource, load_tokens
+from hf_slim.core.errors import SlimError
+from hf_slim.core.model import ModelSource
+from hf_slim.core.parallel import is_main
+from hf_slim.core.progress import Progress
+from hf_slim.evaluation.measure import measure
+from hf_slim.export.artifact import read_report
+from hf_slim.export.card import model_card
+from hf_slim.export.table import stage_seconds, summary
+from hf_slim.inspect import inspect_model
+from hf_slim.methods import addresses, find_method, summary as first_words
+from hf_slim.plan import Plan, make_plan
+from hf_slim.recipe import Recipe, load_recipe
+from hf_slim.run import run_recipe
+
+WIDTH = 80
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 when the input cannot be used (the message says why); 2 for a wrong command line; 130 when interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        result = arguments.run(arguments)
+    except SlimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        return 0
+    if arguments.json and is_main():
+        print(json.dumps(result, indent=1))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-slim", description="Make HuggingFace Transformers models smaller.")
+    parser.add_argument("--version", action="version", version=f"hf_slim {hf_slim.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    _command(commands, "methods", _methods, "list the methods: family, what each needs, paper")
+
+    inspect = _command(commands, "inspect", _inspect, "layers, shapes, parameters and bytes of a model")
+    inspect.add_argument("model", help="Hub id, local folder or GGUF file")
+    inspect.add_argument("--layers", action="store_true", help="one line a layer")
+
+    plan = _command(commands, "plan", _plan, "what a recipe would do to every layer; loads no weights")
+    _recipe_arguments(plan)
+    plan.add_argument("--layers", action="store_true", help="one line a layer")
+
+    run = _command(commands, "run", _run, "carry out a recipe; an interrupted run is taken up")
+    _recipe_arguments(run)
+    run.add_argument("--out", required=True, help="folder of the artifact")
+    run.add_argument("--overwrite", action="store_true", help="throw away what an earlier run left in --out")
+
+    evaluate = _command(commands, "eval", _eval, "perplexity of a model; agreement and speed on demand")
+    evaluate.add_argument("model", help="Hub id, local folder or GGUF file")
+    evaluate.add_argument("--original", help="compare with this model: KL and top-1 agreement")
+    evaluate.add_argument("--speed", action="store_true", help="measure prefill and decode speed too")
+    evaluate.add_argument("--data", default="builtin", help="text: builtin, a txt/jsonl/parquet file, or a Hub data set")
+    evaluate.add_argument("--samples", type=int, default=16, help="windows (default 16)")
+    evaluate.add_argument("--length", type=int, default=512, help="tokens in a window (default 512)")
+
+    card = _command(commands, "card", _card, "print the model card of an artifact")
+    card.add_argument("folder", help="folder that `hf-slim run` wrote")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 or quantize.gptq.bits=3")
+    parser.add_argument("--model", help="Hub id, local folder or GGUF file; instead of the recipe's")
+
+
+def _methods(arguments: argparse.Namespace) -> Any:
+    rows = []
+    for address in addresses():
+        method = find_method(address)
+        needs = ", ".join(method.RULES.needs) or "-"
+        rows.append({"method": address, "what": first_words(method), "needs": needs, "paper": method.RULES.paper})
+    _print_table(arguments, ["method", "what", "needs", "paper"], [list(row.values()) for row in rows])
+    return rows
+
+
+def _inspect(arguments: argparse.Namespace) -> Any:
+    found = inspect_model(ModelSource(arguments.model))
+    _say(arguments, f"{found['model']}: {found['architecture']}, {found['parameters'] / 1e6:.1f} M weights, "
+         f"{found['bytes'] / 1e6:.1f} MB, {found['bits']:.2f} bits a weight")
+    kinds = [[k["kind"], str(k["count"]), f"{k['parameters'] / 1e6:.2f}", f"{k['bytes'] / 1e6:.1f}", f"{k['share']:.1%}"]
+             for k in found["kinds"]]
+    _print_table(arguments, ["kind", "count", "M weights", "MB", "share"], kinds)
+    for name, owner in found["tied"].items():
+        _say(arguments, f"{name} shares the weight of {owner}")
+    if arguments.layers:
+        rows = [[x["name"], x["kind"], f"{x['rows']} x {x['cols']}", x["encoding"]] for x in found["layers"]]
+        _print_table(arguments, ["layer", "kind", "shape", "stored as"], rows)
+    return found
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    plan = make_plan(_read_recipe(arguments))
+    _say(arguments, f"{plan.source.name}: {plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB, "
+         f"{8 * plan.bytes_before / plan.parameters:.2f} -> {8 * plan.bytes_after / plan.parameters:.2f} bits a weight "
+         "(predicted)")
+    _print_table(arguments, ["stage", "layers", "stored as", "MB after", "memory"], _plan_rows(plan))
+    for note in plan.notes:
+        _say(arguments, f"note: {note}")
+    if arguments.layers:
+        rows = [[n, f"{x.rows} x {x.cols}", x.encoding.describe() if x.encoding else "dense", f"{x.nbytes / 1e3:.1f}"]
+                for n, x in plan.final_layers.items()]
+        _print_table(arguments, ["layer", "shape", "stored as", "kB"], rows)
+    return plan.to_dict()
+
+
+def _plan_rows(plan: Plan) -> list[list[str]]:
+    rows, layers = [], dict(plan.layers)
+    for stage in plan.stages:
+        layers |= stage.layers
+        encodings = {x.encoding.describe() for x in stage.layers.values() if x.encoding}
+        size = plan.other_bytes + sum(layer.nbytes for layer in layers.values())
+        shown = ", ".join(sorted(encodings)[:3]) + (" ..." if len(encodings) > 3 else "")
+        memory = f"< {stage.memory / 2**30:.1f} GiB"
+        rows.append([stage.stage.method, str(len(stage.layers)), shown or "-", f"{size / 1e6:.1f}", memory])
+    return rows
+
+
+def _run(arguments: argparse.Namespace) -> Any:
+    progress = Progress(show=False if arguments.json else None)
+    report = run_recipe(_read_recipe(arguments), arguments.out, overwrite=arguments.overwrite, progress=progress)
+    _print_table(arguments, ["measured", "original", "result"], [list(row) for row in summary(report)])
+    _print_table(arguments, ["stage", "time"], [list(row) for row in stage_seconds(report)])
+    peak = max((stage.peak_memory for stage in report.stages), default=0)
+    _say(arguments, f"peak memory {peak / 2**30:.2f} GiB; saved in {arguments.out}")
+    for stage in report.stages:
+        for note in stage.notes:
+            _say(arguments, f"note: {stage.method}: {note}")
+    return report.model_dump(mode="json")
+
+
+def _eval(arguments: argparse.Namespace) -> Any:
+    source = ModelSource(arguments.model)
+    text = DataSource(source=arguments.data, samples=arguments.samples, length=arguments.length)
+    windows = load_tokens(text, "held_out", source.load_tokenizer())
+    original = None if arguments.original is None else ModelSource(arguments.original).load()
+    found = measure(source.load(), windows.ids, original=original, speed=arguments.speed)
+    _print_table(arguments, ["measured", "value"], [[what, f"{value:.4g}"] for what, value in found.items()])
+    _say(arguments, f"on {windows.description}")
+    return found | {"data": windows.description, "data_fingerprint": windows.fingerprint}
+
+
+def _card(arguments: argparse.Namespace) -> Any:
+    text = model_card(read_report(arguments.folder))
+    _say(arguments, text)
+    return {"card": text}
+
+
+def _read_recipe(arguments: argparse.Namespace) -> Recipe:
+    overrides = list(arguments.overrides)
+    recipe = load_recipe(arguments.recipe, overrides)
+    return recipe if arguments.model is None else recipe.model_copy(update={"model": arguments.model})
+
+
+def _print_table(arguments: argparse.Namespace, columns: list[str], rows: list[list[str]]) -> None:
+    if arguments.json or not is_main():
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for position, column in enumerate(columns):
+        number = position > 0 and all(_is_number(row[position]) for row in rows)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console.print(table)
+    console.print()
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    if not arguments.json and is_main():
+        print(text)
+
+
+def _is_number(text: str) -> bool:
+    return text == "" or text.lstrip("<- ")[:1].isdigit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
