@@ -56,7 +56,7 @@ EXACT_VALUES = 64  # books up to this length are solved exactly
 GRID_CELLS = 6  # cells of the first grid for every cluster: 4 cells leave 1.0016 x the optimum, 6 leave 1.0005
 GRID_REACH = 8  # cells to either side that a boundary may move in the first pass
 REACH = 4  # candidates to either side in every later pass
-DENSITY_SAMPLES = 4096  # sorted values that the density of a long book is estimated from
+DENSITY_SAMPLES = 1 << 16  # sorted values that the density of a long book is estimated from
 CHUNK = 1 << 21  # candidate pairs or values worked on at a time: bounds memory, stays near the cache
 
 
@@ -76,10 +76,19 @@ class Config(MethodConfig):
         bits: bits of an index; 2**bits centroids a book.
         scope: weights that share one table: the whole matrix, every row its own, or runs of so many rows.
         iterations: sweeps of refinement at most; a sweep that moves no boundary is the last.
+
+    The default scope weighs fit against the size of the tables: 16 float16 centroids for each row of 576 weights are
+    0.44 bits a weight. Relative squared error of nine SmolLM2-135M matrices at 4 bits, and the same brought to exactly
+    4 bits at 6.02 dB a bit:
+
+        rows a book    1        2        4        8        16       64       all
+        bits           4.327    4.164    4.082    4.041    4.020    4.005    4.000
+        error          0.00784  0.00904  0.00992  0.01064  0.01128  0.01247  0.01431
+        at 4 bits      0.01235  0.01134  0.01111  0.01126  0.01160  0.01256  0.01432
     """
 
     bits: int = Field(4, ge=1, le=8)
-    scope: Scope = 16
+    scope: Scope = 4
     iterations: PositiveInt = 2
     layers: Select = Select()
     embeddings: Embeddings | None = None
@@ -91,7 +100,7 @@ def cluster(
     weights: Float[Tensor, "books n"] | None = None,
     iterations: int = 2,
     centroid_dtype: torch.dtype = torch.float32,
-    with_zero: Bool[Tensor, "books"] | None = None,
+    with_zero: Bool[Tensor, " books"] | None = None,
 ) -> tuple[Float[Tensor, "books clusters"], UInt8[Tensor, "books n"]]:
     """Cluster each row of `values` on its own so that the weighted squared error is (nearly) least.
 
@@ -137,7 +146,7 @@ def cluster(
 def quantize(
     W: Float[Tensor, "rows cols"],
     bits: int,
-    scope: Scope = 16,
+    scope: Scope = 4,
     weights: Float[Tensor, "rows cols"] | None = None,
     keep: Bool[Tensor, "rows cols"] | None = None,
     iterations: int = 2,
@@ -352,7 +361,7 @@ def _round(c: Float[Tensor, "books clusters"], dtype: torch.dtype) -> Float[Tens
 
 
 def _move_to_zero(
-    c: Float[Tensor, "books clusters"], books_with_zero: Bool[Tensor, "books"]
+    c: Float[Tensor, "books clusters"], books_with_zero: Bool[Tensor, " books"]
 ) -> Float[Tensor, "books clusters"]:
     nearest = torch.arange(c.shape[1], device=c.device) == c.abs().argmin(1, keepdim=True)
     return c.masked_fill(nearest & books_with_zero[:, None], 0.0)
