@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import Field, StrictFloat, StrictInt, ValidationError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
@@ -39,57 +38,31 @@ from hf_slim.core.explain import explain
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import Select, find_layers, select_layers
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
+from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern
 from hf_slim.pruning.schedule import Schedule, plan_schedule
 
 logger = logging.getLogger(__name__)
 
-Share = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
 class Config(MethodConfig):
-    """Options of gradual magnitude pruning.
+    """Options of `prune.gradual`; `begin`, `end` and `every` are steps if whole numbers, shares of training if floats."""
 
-    Args:
-        sparsity: share of weights that are zero in the end, 0 <= sparsity < 1.
-        initial_sparsity: share that is pruned at once when pruning begins. A large first step (0.5 to 0.7) leaves more
-            of the training to the hard part (GMP*, arXiv:2210.06384).
-        begin: first mask update: a whole number of steps, or a float as share of the training.
-        end: last mask update, likewise; what follows trains with fixed masks.
-        every: steps between mask updates, likewise.
-        scope: "layer" ranks weights within each layer, so all get the same sparsity; "global" ranks them all together.
-        pattern: "unstructured", or "n:m" such as "2:4" to keep n of every m consecutive weights of a row.
-        layers: which layers; by default every linear layer inside the model's blocks.
-    """
-
-    sparsity: Share = 0.5
-    initial_sparsity: Share = 0.0
-    begin: Steps = 0.0
-    end: Steps = 0.8
-    every: Steps = 0.05
-    scope: Literal["layer", "global"] = "layer"
-    pattern: Annotated[str, Field(pattern=r"^(unstructured|\d+:\d+)$")] = "unstructured"
+    sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights to drop; an n:m pattern sets its own")
+    initial_sparsity: float = Field(0.0, ge=0, lt=1, description="share dropped at once when pruning begins")
+    begin: Steps = Field(0.0, description="first update of the masks, in steps or as a share of training")
+    end: Steps = Field(0.8, description="last update of the masks; what follows trains with fixed masks")
+    every: Steps = Field(0.05, description="distance between updates of the masks")
+    pattern: Pattern = Field("unstructured", description="'unstructured', or 'n:m': keep n of every m columns")
+    scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or over all of them")
     layers: Select = Select()
 
-    @model_validator(mode="after")
-    def _pattern_fits(self) -> Config:
-        """Check what two options say together."""
-        if self.pattern == "unstructured":
-            return self
-        n, m = self.n_m
-        if not 0 < n < m:
-            raise ValueError(f"pattern {self.pattern!r} keeps n of every m weights, so 0 < n < m; try '2:4'")
-        if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-6):
-            raise ValueError(f"pattern {self.pattern!r} means sparsity {1 - n / m:g}, got {self.sparsity:g}; set it so")
-        if self.scope == "global":
-            raise ValueError(f"pattern {self.pattern!r} ranks weights within groups; set scope to 'layer'")
-        return self
-
     @property
-    def n_m(self) -> tuple[int, int]:
-        """n and m of an "n:m" pattern."""
-        n, m = re.findall(r"\d+", self.pattern)
-        return int(n), int(m)
+    def final_sparsity(self) -> float:
+        """Sparsity at the end: the n:m pattern's own, if there is one."""
+        n_m = parse_pattern(self.pattern)
+        return self.sparsity if n_m is None else 1 - n_m[0] / n_m[1]
 
 
 def gradual_masks(weights: Mapping[str, Tensor], sparsity: float, config: Config) -> dict[str, Tensor]:
@@ -97,16 +70,16 @@ def gradual_masks(weights: Mapping[str, Tensor], sparsity: float, config: Config
 
     Args:
         weights: matrices [rows, cols] by name.
-        sparsity: the schedule's, from 0 to `config.sparsity`.
+        sparsity: the schedule's, from 0 to `config.final_sparsity`.
 
     Returns:
         keep: Bool[rows, cols] by name; False wherever a weight is zero already, unless sparsity is 0.
     """
     if sparsity == 0:
         return {name: torch.ones_like(W, dtype=torch.bool) for name, W in weights.items()}
-    if config.pattern != "unstructured":
-        n, m = config.n_m
-        drop = min(m - n, math.floor(sparsity * m + 1e-6))  # 1 - 2/3 is a little less than 1/3
+    if (n_m := parse_pattern(config.pattern)) is not None:
+        n, m = n_m
+        drop = min(m - n, math.floor(sparsity * m + 1e-6))  # in floating point, 3 (1 - 2/3) may fall short of 1
         keep = {name: n_m_mask(W, m - drop, m) for name, W in weights.items()}
     elif config.scope == "global":
         keep = global_masks(weights, sparsity)
@@ -137,10 +110,8 @@ class GradualMagnitudePruning(TrainerCallback):
         try:
             self.config = Config(**options)
         except ValidationError as error:
-            found = explain(error, Config, options)
-            raise PlanError(
-                [f"{'.'.join(('prune.gradual', *map(str, at)))}: {text}" for _, at, text in found]
-            ) from error
+            found = [(["prune.gradual", *about], text) for _, about, text in explain(error, Config, options)]
+            raise PlanError([f"{'.'.join(map(str, key))}: {text}" for key, text in found]) from error
         self.schedule: Schedule | None = None
         self._modules: dict[str, nn.Module] = {}
         self._keep: dict[str, Tensor] = {}
@@ -166,7 +137,7 @@ class GradualMagnitudePruning(TrainerCallback):
         self.schedule = plan_schedule(
             state.max_steps,
             initial=config.initial_sparsity,
-            final=config.sparsity,
+            final=config.final_sparsity,
             begin=config.begin,
             end=config.end,
             every=config.every,
@@ -174,7 +145,9 @@ class GradualMagnitudePruning(TrainerCallback):
         if args.fsdp or args.deepspeed:
             raise PlanError("gradual pruning ranks whole weights, which FSDP and DeepSpeed shard; use data parallelism")
         self._modules, self._keep = target_linears(model, config.layers), {}
-        self._check_columns()
+        widths = {name: _oriented(module).shape[1] for name, module in self._modules.items()}
+        if problems := [p for name, cols in widths.items() for p in column_problems(name, cols, config.pattern)]:
+            raise PlanError(problems)
         self._update(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -203,26 +176,12 @@ class GradualMagnitudePruning(TrainerCallback):
         """Take the masks of the model that is handed over, and say so if it is less sparse than asked for."""
         self._keep = {name: _oriented(module) != 0 for name, module in self._modules.items()}
         rounding = len(self._keep) / sum(keep.numel() for keep in self._keep.values())
-        if self.sparsity < self.config.sparsity - rounding:
+        if self.sparsity < self.config.final_sparsity - rounding:
             logger.warning(
                 "The trained model has sparsity %.4f, not %.4f: training stopped early, or load_best_model_at_end "
                 "brought back a checkpoint from before the end of the schedule.",
                 self.sparsity,
-                self.config.sparsity,
-            )
-
-    def _check_columns(self) -> None:
-        if self.config.pattern == "unstructured":
-            return
-        m = self.config.n_m[1]
-        widths = {name: _oriented(module).shape[1] for name, module in self._modules.items()}
-        if bad := {name: width for name, width in widths.items() if width % m}:
-            raise PlanError(
-                [
-                    f"prune.gradual: {name} has {width} columns, not divisible by {m} (pattern {self.config.pattern}); "
-                    "name it in layers.exclude"
-                    for name, width in bad.items()
-                ]
+                self.config.final_sparsity,
             )
 
     @torch.no_grad()
