@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL = $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 PYTEST_ARGS ?= -q -n auto --maxprocesses 4
 
 export TOKENIZERS_PARALLELISM := false
@@ -29,12 +30,13 @@ check: $(STAMP)
 venv: $(STAMP)
 
 # torch comes first and alone: its build decides whether the rest is a CPU or an accelerator installation, and it brings
-# the setuptools that then builds hf_slim itself, so that nothing unpinned is fetched.
+# the setuptools that then builds hf_slim itself, so that nothing unpinned is fetched. Bytecode is left to first use: most
+# of it never is.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "hf_slim needs Python 3.10 or newer, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(INSTALL) torch==2.13.0 setuptools
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:
