@@ -10,8 +10,8 @@ so zero is always representable and a pruned weight stays zero. Shapes: W [rows,
 
 The asymmetric grid covers [min(W, 0), max(W, 0)]. The symmetric one has z = 2**(bits - 1) everywhere, hence one level
 more below zero than above; its scale is *signed*, so that the extra level serves whichever tail of the group is longer.
-On SmolLM2-135M (groups of 64, searched clipping) the sign takes the squared rounding error of the symmetric grid from
-1.16, 1.21 and 1.31 times that of the asymmetric one, at 2, 3 and 4 bits, to 1.00, 1.04 and 1.16 times.
+On three matrices of SmolLM2-135M (groups of 64, searched clipping) the sign takes the squared rounding error of the
+symmetric grid from 1.16, 1.21 and 1.31 times that of the asymmetric one, at 2, 3 and 4 bits, to 1.00, 1.04 and 1.16.
 
 The clipping search minimises sum_c importance_c (W_c - grid_c)**2 in every group at once. The GPTQ authors' code
 (IST-DASLab/gptq, quant.py) tries 80 shrunken ranges under |error|**2.4. We try a dozen, then move to the least-squares
