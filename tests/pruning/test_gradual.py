@@ -98,6 +98,16 @@ def test_n_m_pattern_grows_one_weight_of_a_group_at_a_time():
     assert kept == [24, 24, 16, 16, 8]
 
 
+@pytest.mark.parametrize("options", [{}, {"scope": "global"}, {"pattern": "2:4"}], ids=str)
+def test_a_weight_that_is_zero_counts_as_pruned(options):
+    """Also where more weights are zero than the schedule asks for, and ties are decided by position."""
+    W = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    W[:, 4:] = 0
+    keep = gradual_masks({"W": W}, 0.25, Config(**options))["W"]
+    assert not keep[W == 0].any()
+    assert keep[W != 0].any()
+
+
 @pytest.mark.parametrize("options", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}, {"bf16": True}], ids=str)
 def test_masks_hold_in_every_step_and_only_grow(tmp_path, options):
     trainer = make(
