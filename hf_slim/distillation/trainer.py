@@ -165,8 +165,8 @@ class DistillationTrainer(Trainer):
         self._parts["eval"] = _Average()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         parts = self._parts["eval"].take(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
-        return output
+        named = {f"{metric_key_prefix}_{name}": value for name, value in parts.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs, start_time=None):
         """As in `Trainer`, with both parts of the training loss, averaged over the same steps as `loss`."""

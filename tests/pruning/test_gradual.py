@@ -106,6 +106,21 @@ def test_a_weight_that_is_zero_counts_as_pruned(options):
     keep = gradual_masks({"W": W}, 0.25, Config(**options))["W"]
     assert not keep[W == 0].any()
     assert keep[W != 0].any()
+    assert torch.equal(gradual_masks({"W": W}, 0.0, Config(**options))["W"], W != 0)
+    assert gradual_masks({"W": torch.zeros(6, 8)}, 0.0, Config(**options))["W"].all()
+
+
+def test_zeros_of_an_earlier_stage_survive_until_pruning_begins_and_after(tmp_path):
+    model = tiny.llama()
+    up = model.model.layers[0].mlp.up_proj.weight
+    up.data[:, ::2] = 0
+    watch = Watch(None)
+    trainer = make(tmp_path, {"sparsity": 0.3, "begin": 4, "end": 6, "every": 1}, model)
+    watch.callback = trainer.pruning
+    trainer.add_callback(watch)
+    trainer.train()
+    assert all(measured["model.layers.0.mlp.up_proj"] == 0.5 for measured in watch.zeros)
+    assert (up[:, ::2] == 0).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}, {"bf16": True}], ids=str)
