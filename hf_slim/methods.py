@@ -6,6 +6,7 @@ Each family's package lists its methods by name in a tuple `METHODS`. Nothing is
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 from hf_slim.core.errors import RecipeError, nearest
@@ -42,5 +43,5 @@ def find_method(address: str) -> ModuleType:
 
 
 def summary(method: ModuleType) -> str:
-    """First line of the method's docstring, without the reference in brackets."""
-    return (method.__doc__ or "").strip().splitlines()[0].split(" (")[0].rstrip(".:")
+    """The name that the method's docstring begins with."""
+    return re.split(r" \(|:|, pure", (method.__doc__ or "").strip())[0]

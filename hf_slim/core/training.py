@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_slim.core.context import Context
 from hf_slim.core.method import MethodConfig
-from hf_slim.encodings.modules import EncodedModule
+from hf_slim.core.precision import in_dtype
 
 
 class TrainingOptions(MethodConfig):
@@ -65,7 +65,7 @@ def train(
         Steps, tokens seen, and the first and last logged losses.
     """
     windows = Windows(context.tokens("train"), labels=model.can_generate())
-    with _folder(context) as folder, _float32(model):
+    with _folder(context) as folder, in_dtype(model, torch.float32):
         args = arguments(
             output_dir=str(folder),
             max_steps=options.steps,
@@ -87,6 +87,7 @@ def train(
         )
         trainer = make_trainer(model=model, args=args, train_dataset=windows)
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        model.zero_grad()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
     return {
@@ -106,25 +107,6 @@ def _folder(context: Context) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-@contextmanager
-def _float32(model: nn.Module) -> Iterator[None]:
-    """Parameters in float32 for a while, then back in their own dtype. Buffers (rotary tables) are left alone."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    compute = {module: module.compute_dtype for module in model.modules() if isinstance(module, EncodedModule)}
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    for module in compute:
-        module.compute_dtype = torch.float32
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
-            parameter.grad = None
-        for module, dtype in compute.items():
-            module.compute_dtype = dtype
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -27,6 +27,7 @@ from hf_slim.core.blocks import BlockStore
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
 from hf_slim.core.layers import Encoded, put_layer
+from hf_slim.core.precision import fast_dtype, in_dtype
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, find_stacks
 
@@ -85,18 +86,19 @@ def walk(
     store = BlockStore(context.blocks)
     todo = {layer.name: layer for layer in layers}
     rows: list[LayerReport] = []
-    with _evaluating(model):
+    with _evaluating(model), in_dtype(model, fast_dtype(_dtype(model), _device(model))):
         for stack in find_stacks(model):
             wanted = {b: [n for n in todo if n.startswith(f"{b}.")] for b in stack.blocks}
             if not any(wanted.values()):
                 continue
             inputs = _capture(model, stack.blocks, batches)
-            for block in context.progress.track(stack.blocks, f"{stack.name}", len(stack.blocks)):
+            for block in context.progress.track(stack.blocks, stack.name):
                 names = wanted[block]
                 run = _BlockRun(model.get_submodule(block), block, inputs)
                 if names:
                     rows += _replace(model, block, names, todo, run.forward, solve, store)
-                run.forward(keep=True)
+                if block != stack.blocks[-1]:
+                    run.forward(keep=True)
         outside = [name for name, layer in todo.items() if layer.block is None]
         if outside:
             rows += _replace(model, "outside", outside, todo, lambda: _run_all(model, batches), solve, store)
@@ -220,29 +222,33 @@ class _BlockRun:
 def _capture(model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor]) -> list[_BlockInput]:
     """What enters the first block, and every block's other arguments, batch by batch.
 
-    The first batch runs through all blocks. When they are all handed the same arguments, the other batches stop at the
-    first block; when not (sliding windows on some layers, position biases), they run through as well.
+    A few tokens run through all blocks first. When all are handed the same arguments, the batches stop at the first
+    block; when not (sliding windows on some layers, position biases), they run through as well.
     """
-    inputs: list[_BlockInput] = []
-    same = False
+    probe = _record(model, blocks, batches[0][:1, :8], blocks[-1])
+    same = _all_same(probe, blocks)
+    inputs = []
     for batch in batches:
-        seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(
-                _recorder(seen, name, stop=same or name == blocks[-1]), with_kwargs=True
-            )
-            for name in (blocks[:1] if same else blocks)
-        ]
-        try:
-            _forward(model, batch)
-        except StopForward:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        seen = _record(model, blocks[:1] if same else blocks, batch, blocks[0] if same else blocks[-1])
         inputs.append(_block_input(seen, blocks, same))
-        same = same or _all_same(seen, blocks)
     return inputs
+
+
+def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor, last: str) -> dict[str, Any]:
+    """Arguments that each of `blocks` is handed, in a pass that ends before block `last`."""
+    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_recorder(seen, name, name == last), with_kwargs=True)
+        for name in blocks
+    ]
+    try:
+        _forward(model, batch)
+    except StopForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _recorder(seen: dict[str, Any], name: str, stop: bool) -> Callable[..., None]:
@@ -294,10 +300,17 @@ def _run_all(model: nn.Module, batches: Sequence[Tensor]) -> None:
 
 def _forward(model: nn.Module, ids: Tensor) -> None:
     """One pass without a cache (blocks run again and again) and, where possible, without computing all logits."""
-    device = next(iter(model.parameters())).device
     accepted = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in accepted else {}
-    model(input_ids=ids.to(device), **options)
+    model(input_ids=ids.to(_device(model)), **options)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(iter(model.parameters())).dtype
 
 
 @contextmanager

@@ -13,15 +13,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hf_slim.core.errors import DataError, ModelError
+from hf_slim.core.precision import fast_dtype, in_dtype
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; afterwards every submodule is in the mode it was in."""
+    """No gradients and no dropout inside; afterwards every submodule is in the mode it was in.
+
+    On a CPU without arithmetic for the model's dtype it computes in float32 meanwhile (`core/precision.py`).
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    dtype = getattr(model, "dtype", torch.float32)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_dtype(model, fast_dtype(dtype, device_of(model))):
             yield
     finally:
         for module, training in modes:

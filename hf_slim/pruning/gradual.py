@@ -1,12 +1,13 @@
 """Gradual magnitude pruning: prune while training, so that the rest can make up for it (Zhu & Gupta, arXiv:1710.01878).
 
 Every few steps the smallest weights are set to zero, more of them each time (`schedule`), and stay zero (`masks`). A
-weight that is exactly zero counts as pruned, so once pruning has begun the weights W alone determine the mask:
+weight that is exactly zero counts as pruned, so the weights W alone determine the mask:
 
     keep(W, s) = (magnitude mask of W at sparsity s) and (W != 0)
 
-Hence pruned weights never come back, and a run resumed from a checkpoint, where W and the step are all there is, goes
-on bit for bit as if it had never stopped.
+Hence pruned weights never come back, zeros of an earlier stage survive (a matrix that is zero throughout before pruning
+begins excepted: it has yet to be trained), and a run resumed from a checkpoint, where W and the step are all there is,
+goes on bit for bit as if it had never stopped.
 
 The callback works in any `Trainer`: ours, a plain one, or another subclass. At every step
 - `on_pre_optimizer_step` clears the gradients of pruned weights, so that no optimizer state grows on them;
@@ -25,29 +26,38 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, StrictFloat, StrictInt, ValidationError
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.explain import explain
-from hf_slim.core.method import MethodConfig
-from hf_slim.core.select import Select, find_layers, select_layers
+from hf_slim.core.layers import plan_targets, put_layer
+from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.report import LayerReport, StageReport
+from hf_slim.core.select import Layer, Select, find_layers, select_layers
+from hf_slim.core.swap import densify, get_weight
+from hf_slim.core.training import TrainingOptions, train
+from hf_slim.encodings import Sparse
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
-from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern
+from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern, survivors
 from hf_slim.pruning.schedule import Schedule, plan_schedule
 
 logger = logging.getLogger(__name__)
+
+RULES = Rules(needs=("train",), makes=("zeros",), preserves=("zeros",), paper="Zhu & Gupta 2017, arXiv:1710.01878")
 
 Steps = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
 class Config(MethodConfig):
-    """Options of `prune.gradual`; `begin`, `end` and `every` are steps if whole numbers, shares of training if floats."""
+    """Options of `prune.gradual`; `begin`, `end` and `every` are steps if whole, shares of training if floats."""
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights to drop; an n:m pattern sets its own")
     initial_sparsity: float = Field(0.0, ge=0, lt=1, description="share dropped at once when pruning begins")
@@ -57,6 +67,7 @@ class Config(MethodConfig):
     pattern: Pattern = Field("unstructured", description="'unstructured', or 'n:m': keep n of every m columns")
     scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or over all of them")
     layers: Select = Select()
+    training: TrainingOptions = Field(TrainingOptions(), description="how to train, where this is a stage of its own")
 
     @property
     def final_sparsity(self) -> float:
@@ -73,10 +84,10 @@ def gradual_masks(weights: Mapping[str, Tensor], sparsity: float, config: Config
         sparsity: the schedule's, from 0 to `config.final_sparsity`.
 
     Returns:
-        keep: Bool[rows, cols] by name; False wherever a weight is zero already, unless sparsity is 0.
+        keep: Bool[rows, cols] by name; False wherever a weight is zero already. At sparsity 0 zero matrices are kept.
     """
     if sparsity == 0:
-        return {name: torch.ones_like(W, dtype=torch.bool) for name, W in weights.items()}
+        return {name: (W != 0) | ~W.any() for name, W in weights.items()}
     if (n_m := parse_pattern(config.pattern)) is not None:
         n, m = n_m
         drop = min(m - n, math.floor(sparsity * m + 1e-6))  # in floating point, 3 (1 - 2/3) may fall short of 1
@@ -86,6 +97,46 @@ def gradual_masks(weights: Mapping[str, Tensor], sparsity: float, config: Config
     else:
         keep = {name: magnitude_mask(W, sparsity) for name, W in weights.items()}
     return {name: mask.logical_and_(weights[name] != 0) for name, mask in keep.items()}
+
+
+def encoding(layer: Layer, config: Config) -> Sparse:
+    """How a layer will be stored once it is trained and pruned."""
+    left = survivors(layer.rows, layer.cols, config.pattern, config.sparsity)
+    return Sparse(survivors=left if layer.survivors is None else min(left, layer.survivors))
+
+
+def problems(layer: Layer, config: Config) -> list[str]:
+    """Why a layer cannot be pruned this way."""
+    return column_problems(layer.name, layer.cols, config.pattern)
+
+
+def callback(model: PreTrainedModel, config: Config) -> GradualMagnitudePruning:
+    """The callback for a stage that trains. Layers that are stored sparse become dense for as long as it trains."""
+    for layer in plan_targets(model, "prune.gradual", config):
+        if layer.encoding is not None:
+            densify(model, layer.name)
+    return GradualMagnitudePruning(config)
+
+
+def store(model: PreTrainedModel, pruned: GradualMagnitudePruning) -> list[LayerReport]:
+    """Store the layers that the callback has pruned as mask and survivors."""
+    layers, rows = find_layers(model), []
+    for name in pruned.masks:
+        W = get_weight(model.get_submodule(name))
+        keep = W != 0
+        stored = Sparse(survivors=int(keep.sum()))
+        metrics = {"zeros": W.numel() - stored.survivors}
+        rows.append(put_layer(model, layers[name], (stored, stored.pack(W, keep)), metrics=metrics))
+    return rows
+
+
+def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
+    """Train the model on its own loss and prune it meanwhile."""
+    pruning = callback(model, config)
+    metrics = train(model, config.training, context, TrainingArguments, partial(Trainer, callbacks=[pruning]))
+    rows = store(model, pruning)
+    zeros, total = sum(row.metrics["zeros"] for row in rows), sum(row.rows * row.cols for row in rows)
+    return StageReport(layers=rows, metrics=metrics | {"sparsity": zeros / total})
 
 
 class GradualMagnitudePruning(TrainerCallback):
@@ -188,8 +239,6 @@ class GradualMagnitudePruning(TrainerCallback):
     def _update(self, step: int) -> None:
         """Take masks from the weights as the schedule has it after `step` steps, and apply them."""
         sparsity = self.schedule.sparsity(step) if self.schedule else 0.0
-        if sparsity == 0:
-            return
         weights = {name: _oriented(module) for name, module in self._modules.items()}
         if bad := [name for name, W in weights.items() if not torch.isfinite(W).all()]:
             raise ModelError([f"{name} holds NaN or infinite values at step {step}; training diverged" for name in bad])
@@ -211,7 +260,7 @@ def target_linears(model: nn.Module, select: Select) -> dict[str, nn.Module]:
     targets: dict[str, nn.Module] = {}
     for layer in select_layers(find_layers(model), select):
         module = model.get_submodule(layer.name)
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in taken:
+        if type(module) in (nn.Linear, Conv1D) and id(module.weight) not in taken:
             targets[layer.name] = module
             taken.add(id(module.weight))
     if not targets:
@@ -224,8 +273,8 @@ def target_linears(model: nn.Module, select: Select) -> dict[str, nn.Module]:
 
 def _oriented(module: nn.Module, tensor: Tensor | None = None) -> Tensor:
     """The weight, or a tensor of its shape, as [rows, cols] = [outputs, inputs]; a view."""
-    tensor = module.weight.detach() if tensor is None else tensor
-    return tensor.T if isinstance(module, Conv1D) else tensor
+    view: Tensor = module.weight.detach() if tensor is None else tensor
+    return view.T if isinstance(module, Conv1D) else view
 
 
 def _zeros(module: nn.Module) -> int:
