@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 when the input cannot be used (the message says why); 2 for a wrong command line; 130 when interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -63,6 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json and is_main():
         print(json.dumps(result, indent=1))
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand after options too, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="Hub id, local folder or GGUF file")
     evaluate.add_argument("--original", help="compare with this model: KL and top-1 agreement")
     evaluate.add_argument("--speed", action="store_true", help="measure prefill and decode speed too")
-    evaluate.add_argument("--data", default="builtin", help="text: builtin, a txt/jsonl/parquet file, or a Hub data set")
+    evaluate.add_argument(
+        "--data", default="builtin", help="text: builtin, a txt/jsonl/parquet file, or a Hub data set"
+    )
     evaluate.add_argument("--samples", type=int, default=16, help="windows (default 16)")
     evaluate.add_argument("--length", type=int, default=512, help="tokens in a window (default 512)")
 
@@ -123,10 +136,15 @@ def _methods(arguments: argparse.Namespace) -> Any:
 
 def _inspect(arguments: argparse.Namespace) -> Any:
     found = inspect_model(ModelSource(arguments.model))
-    _say(arguments, f"{found['model']}: {found['architecture']}, {found['parameters'] / 1e6:.1f} M weights, "
-         f"{found['bytes'] / 1e6:.1f} MB, {found['bits']:.2f} bits a weight")
-    kinds = [[k["kind"], str(k["count"]), f"{k['parameters'] / 1e6:.2f}", f"{k['bytes'] / 1e6:.1f}", f"{k['share']:.1%}"]
-             for k in found["kinds"]]
+    _say(
+        arguments,
+        f"{found['model']}: {found['architecture']}, {found['parameters'] / 1e6:.1f} M weights, "
+        f"{found['bytes'] / 1e6:.1f} MB, {found['bits']:.2f} bits a weight",
+    )
+    kinds = [
+        [k["kind"], str(k["count"]), f"{k['parameters'] / 1e6:.2f}", f"{k['bytes'] / 1e6:.1f}", f"{k['share']:.1%}"]
+        for k in found["kinds"]
+    ]
     _print_table(arguments, ["kind", "count", "M weights", "MB", "share"], kinds)
     for name, owner in found["tied"].items():
         _say(arguments, f"{name} shares the weight of {owner}")
@@ -138,15 +156,20 @@ def _inspect(arguments: argparse.Namespace) -> Any:
 
 def _plan(arguments: argparse.Namespace) -> Any:
     plan = make_plan(_read_recipe(arguments))
-    _say(arguments, f"{plan.source.name}: {plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB, "
-         f"{8 * plan.bytes_before / plan.parameters:.2f} -> {8 * plan.bytes_after / plan.parameters:.2f} bits a weight "
-         "(predicted)")
+    _say(
+        arguments,
+        f"{plan.source.name}: {plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB, "
+        f"{8 * plan.bytes_before / plan.parameters:.2f} -> {8 * plan.bytes_after / plan.parameters:.2f} bits a weight "
+        "(predicted)",
+    )
     _print_table(arguments, ["stage", "layers", "stored as", "MB after", "memory"], _plan_rows(plan))
     for note in plan.notes:
         _say(arguments, f"note: {note}")
     if arguments.layers:
-        rows = [[n, f"{x.rows} x {x.cols}", x.encoding.describe() if x.encoding else "dense", f"{x.nbytes / 1e3:.1f}"]
-                for n, x in plan.final_layers.items()]
+        rows = [
+            [n, f"{x.rows} x {x.cols}", x.encoding.describe() if x.encoding else "dense", f"{x.nbytes / 1e3:.1f}"]
+            for n, x in plan.final_layers.items()
+        ]
         _print_table(arguments, ["layer", "shape", "stored as", "kB"], rows)
     return plan.to_dict()
 

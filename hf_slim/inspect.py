@@ -21,7 +21,10 @@ def inspect_model(source: ModelSource) -> dict[str, Any]:
     layers = find_layers(model)
     total_bytes, total = stored_bytes(model), count_weights(model)
     kinds = [_count(kind, [x for x in layers.values() if _kind(x) == kind], total_bytes) for kind in KINDS]
-    rest = {key: total_of - sum(kind[key] for kind in kinds) for key, total_of in (("parameters", total), ("bytes", total_bytes))}
+    rest = {
+        key: total_of - sum(kind[key] for kind in kinds)
+        for key, total_of in (("parameters", total), ("bytes", total_bytes))
+    }
     kinds.append({"kind": "norms, biases, ...", "count": 0, **rest, "share": rest["bytes"] / total_bytes})
     return {
         "model": source.name,

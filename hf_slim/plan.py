@@ -124,7 +124,9 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
         stages.append(StagePlan(stage, changed, _memory(stage, current, other)))
     if problems:
         raise PlanError(problems)
-    return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), tuple(_notes(stages, recipe.stages)))
+    return Plan(
+        recipe, source, layers, other, count_weights(skeleton), tuple(stages), tuple(_notes(stages, recipe.stages))
+    )
 
 
 def plan_stage(layers: dict[str, Layer], stage: Stage) -> dict[str, Layer]:

@@ -35,7 +35,9 @@ from hf_slim.plan import Plan, make_plan
 from hf_slim.recipe import Recipe
 
 
-def run_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> RunReport:
+def run_recipe(
+    recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> RunReport:
     """Run a recipe and leave an artifact that `from_pretrained` loads.
 
     Args:
@@ -153,5 +155,3 @@ def _by_role(windows: dict[str, TokenWindows]) -> Callable[[str], Tensor]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-

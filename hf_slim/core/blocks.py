@@ -30,7 +30,11 @@ class BlockStore:
         tensors = {f"{name}.{key}": t.contiguous() for name, (_, ts) in layers.items() for key, t in ts.items()}
         save_file(tensors, self.folder / f"{label}.safetensors")
         entries = [
-            {"report": row.model_dump(), "encoding": layers[row.name][0].model_dump(), "tensors": sorted(layers[row.name][1])}
+            {
+                "report": row.model_dump(),
+                "encoding": layers[row.name][0].model_dump(),
+                "tensors": sorted(layers[row.name][1]),
+            }
             for row in rows
         ]
         write_text(self.folder / f"{label}.json", json.dumps(entries))

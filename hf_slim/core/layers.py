@@ -85,7 +85,9 @@ def check_weights(model: nn.Module, layers: Iterable[Layer]) -> None:
     """
     bad = [layer.name for layer in layers if not torch.isfinite(get_weight(model.get_submodule(layer.name))).all()]
     if bad:
-        raise ModelError([f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged" for name in bad])
+        raise ModelError(
+            [f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged" for name in bad]
+        )
 
 
 def relative_error(W: Float[Tensor, "rows cols"], decoded: Float[Tensor, "rows cols"]) -> float:
@@ -97,7 +99,12 @@ def relative_error(W: Float[Tensor, "rows cols"], decoded: Float[Tensor, "rows c
 
 
 def put_layer(
-    model: nn.Module, layer: Layer, encoded: Encoded, *, metrics: dict[str, float] | None = None, notes: Iterable[str] = ()
+    model: nn.Module,
+    layer: Layer,
+    encoded: Encoded,
+    *,
+    metrics: dict[str, float] | None = None,
+    notes: Iterable[str] = (),
 ) -> LayerReport:
     """Swap a layer for its encoded form and report what that cost."""
     encoding, tensors = encoded

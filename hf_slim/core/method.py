@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 class MethodConfig(BaseModel):
     """Options of a method: closed (an unknown key is an error) and frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from hf_slim.core.context import Context
 from hf_slim.core.method import MethodConfig
@@ -86,6 +86,7 @@ def train(
             **extra,
         )
         trainer = make_trainer(model=model, args=args, train_dataset=windows)
+        trainer.remove_callback(PrinterCallback)  # what it would print goes into the report
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         model.zero_grad()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

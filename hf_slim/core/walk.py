@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, find_stacks
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
+
+TILE = 384  # columns of a Hessian computed together; a quarter to a half of it need not be computed at all
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,12 @@ def walk(
                 names = wanted[block]
                 run = _BlockRun(model.get_submodule(block), block, inputs)
                 if names:
-                    rows += _replace(model, block, names, todo, run.forward, solve, store)
+                    rows += _replace(model, block, names, todo, run.observe, solve, store)
                 if block != stack.blocks[-1]:
-                    run.forward(keep=True)
+                    run.advance()
         outside = [name for name, layer in todo.items() if layer.block is None]
         if outside:
-            rows += _replace(model, "outside", outside, todo, lambda: _run_all(model, batches), solve, store)
+            rows += _replace(model, "outside", outside, todo, partial(_run_all, model, batches), solve, store)
     return rows
 
 
@@ -110,7 +113,7 @@ def _replace(
     label: str,
     names: Sequence[str],
     layers: Mapping[str, Layer],
-    forward: Callable[[], None],
+    observe: Callable[[_Sums], None],
     solve: Solver,
     store: BlockStore,
 ) -> list[LayerReport]:
@@ -118,14 +121,14 @@ def _replace(
     rows = store.restore(label, model)
     if rows is not None:
         return rows
-    with _gather(model, names) as statistics:
-        forward()
-    missed = [name for name in names if name not in statistics.sums]
+    with _gather(model, names) as sums:
+        observe(sums)
+    missed = [name for name in names if name not in sums.sums]
     if missed:
         raise ModelError(
             [f"{name} was never reached by the calibration data; name it in layers.exclude" for name in missed]
         )
-    solutions = solve(statistics.finish())
+    solutions = solve(sums.finish())
     rows = [
         put_layer(model, layers[name], found.encoded, metrics=found.metrics, notes=found.notes)
         for name, found in solutions.items()
@@ -137,13 +140,23 @@ def _replace(
 class _Sums:
     """Running sums of x xᵀ for the layers of one block."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
+        self._names = frozenset(names)
+        self._pending: set[str] = set()
         self._last: tuple[Tensor, Tensor] | None = None  # input seen last, and the sum it went into
 
+    def begin(self) -> None:
+        """A new batch starts."""
+        self._pending = set(self._names)
+
     def add(self, name: str, x: Tensor) -> None:
-        """Add the tokens of one batch. Layers that are handed the same tensor share one sum."""
+        """Add the tokens of one batch. Layers that are handed the same tensor share one sum.
+
+        Raises:
+            StopForward: this was the last input that the batch was wanted for.
+        """
         flat = x.detach().reshape(-1, x.shape[-1])
         self.tokens[name] = self.tokens.get(name, 0) + len(flat)
         shared = self._last is not None and self._last[0] is x
@@ -151,31 +164,36 @@ class _Sums:
             fresh = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
             self.sums[name] = self._last[1] if shared and self._last is not None else fresh
         if not shared:
-            wide = flat.float()
-            self.sums[name].addmm_(wide.T, wide)
+            add_upper(self.sums[name], flat.float())
         self._last = (x, self.sums[name])
+        self._pending.discard(name)
+        if not self._pending:
+            raise StopForward
 
     def finish(self) -> dict[str, Statistics]:
         """H = 2/n times the sums, over all processes."""
-        done: dict[int, Tensor] = {}
-        for total in self.sums.values():
-            if id(total) not in done:
-                done[id(total)] = reduce(total, reduction="sum")  # pyright: ignore[reportArgumentType]
-        counts = torch.tensor([self.tokens[name] for name in self.sums])
-        counts = reduce(counts.to(PartialState().device), reduction="sum").tolist()  # pyright: ignore
+        counts = torch.tensor([self.tokens[name] for name in self.sums]).to(PartialState().device)
+        counts = reduce(counts, reduction="sum").tolist()  # pyright: ignore
         hessians: dict[int, Tensor] = {}
         found = {}
-        for name, count in zip(self.sums, counts, strict=True):
-            key = id(self.sums[name])
-            if key not in hessians:
-                hessians[key] = done[key] * (2.0 / count)
-            found[name] = Statistics(hessians[key], int(count))
+        for (name, total), count in zip(self.sums.items(), counts, strict=True):
+            if id(total) not in hessians:
+                full = torch.triu(total) + torch.triu(total, 1).T
+                hessians[id(total)] = reduce(full, reduction="sum") * (2.0 / count)  # pyright: ignore
+            found[name] = Statistics(hessians[id(total)], int(count))
         return found
+
+
+def add_upper(H: Float[Tensor, "cols cols"], x: Float[Tensor, "tokens cols"]) -> None:
+    """H += xᵀ x, above the diagonal (and in some tiles below it): the rest is a mirror image, not worth computing."""
+    tiles = range(0, H.shape[0], TILE)
+    for i in tiles:
+        H[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
 
 
 @contextmanager
 def _gather(model: nn.Module, names: Sequence[str]) -> Iterator[_Sums]:
-    sums = _Sums()
+    sums = _Sums(names)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args: sums.add(name, args[0])
@@ -204,19 +222,26 @@ class _BlockRun:
     def __init__(self, block: nn.Module, name: str, inputs: Sequence[_BlockInput]):
         self.block, self.name, self.inputs = block, name, inputs
 
-    def forward(self, keep: bool = False) -> None:
-        """Run the block; with `keep` its outputs become the inputs of the next one."""
+    def observe(self, sums: _Sums) -> None:
+        """Run the block for what its layers are fed."""
+        for batch in self.inputs:
+            sums.begin()
+            with suppress(StopForward):
+                self._run(batch)
+
+    def advance(self) -> None:
+        """Run the block; its outputs become the inputs of the next one."""
         for number, batch in enumerate(self.inputs):
-            args, kwargs = batch.args[self.name], batch.kwargs[self.name]
-            if batch.by_keyword:
-                out = self.block(*args, hidden_states=batch.hidden, **kwargs)
-            else:
-                out = self.block(batch.hidden, *args, **kwargs)
-            if not keep:
-                continue
+            out = self._run(batch)
             batch.hidden = out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(batch.hidden).all():
                 raise ModelError(f"{self.name} puts out NaN or infinite values for calibration batch {number}")
+
+    def _run(self, batch: _BlockInput) -> Any:
+        args, kwargs = batch.args[self.name], batch.kwargs[self.name]
+        if batch.by_keyword:
+            return self.block(*args, hidden_states=batch.hidden, **kwargs)
+        return self.block(batch.hidden, *args, **kwargs)
 
 
 def _capture(model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor]) -> list[_BlockInput]:
@@ -242,9 +267,8 @@ def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor, last: str) -
         for name in blocks
     ]
     try:
-        _forward(model, batch)
-    except StopForward:
-        pass
+        with suppress(StopForward):
+            _forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -293,9 +317,11 @@ def _own_share(windows: Tensor) -> list[Tensor]:
     return list(own.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-def _run_all(model: nn.Module, batches: Sequence[Tensor]) -> None:
+def _run_all(model: nn.Module, batches: Sequence[Tensor], sums: _Sums) -> None:
     for batch in batches:
-        _forward(model, batch)
+        sums.begin()
+        with suppress(StopForward):
+            _forward(model, batch)
 
 
 def _forward(model: nn.Module, ids: Tensor) -> None:

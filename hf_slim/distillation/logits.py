@@ -45,7 +45,9 @@ class Config(TrainingOptions):
         """Refuse stages that are no callbacks."""
         wrong = [stage.method for stage in stages if not hasattr(find_method(stage.method), "callback")]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} cannot happen during training; make it a stage of its own, after this one")
+            raise ValueError(
+                f"{', '.join(wrong)} cannot happen during training; make it a stage of its own, after this one"
+            )
         return stages
 
 

@@ -25,7 +25,9 @@ def read_encoding(description: dict[str, Any]) -> Encoding:
     """
     kind = description.get("kind")
     if kind not in KINDS:
-        raise ArtifactError(f"unknown encoding {kind!r} in the model's quantization_config; {nearest(str(kind), KINDS)}")
+        raise ArtifactError(
+            f"unknown encoding {kind!r} in the model's quantization_config; {nearest(str(kind), KINDS)}"
+        )
     try:
         return KINDS[kind].model_validate(description)
     except ValidationError as error:

@@ -1,10 +1,10 @@
 """The artifact: a folder that `from_pretrained` loads, with the recipe, what was measured, and a model card.
 
-    config.json          quantization_config.quant_method is "hf_slim"
-    model.safetensors    stored tensors; none is called `weight` where a layer is encoded
-    tokenizer files
-    slim.json            recipe, plan, versions, seeds, fingerprints of model and data, the measured report
-    README.md            model card: the table, the recipe, the command that reproduces it
+config.json          quantization_config.quant_method is "hf_slim"
+model.safetensors    stored tensors; none is called `weight` where a layer is encoded
+tokenizer files
+slim.json            recipe, plan, versions, seeds, fingerprints of model and data, the measured report
+README.md            model card: the table, the recipe, the command that reproduces it
 """
 
 from __future__ import annotations
@@ -87,4 +87,3 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-

@@ -55,7 +55,7 @@ def _latency(metrics: dict) -> list[Row]:
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e7 else f"{count / 1e6:.3f} MB"
 
 
 _METRICS = {

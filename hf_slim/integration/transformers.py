@@ -65,7 +65,9 @@ class SlimConfig(QuantizationConfigMixin):
         self.method = method
         self.options: dict[str, Any] = options.pop("options", {}) | options
         if self.format > FORMAT:
-            raise ArtifactError(f"the model was written in format {self.format}, this hf_slim reads {FORMAT}; upgrade hf_slim")
+            raise ArtifactError(
+                f"the model was written in format {self.format}, this hf_slim reads {FORMAT}; upgrade hf_slim"
+            )
         if method is not None:
             config = make_stage(method, self.options).options
             why_not = _streaming_problem(find_method(method), config)
@@ -76,7 +78,9 @@ class SlimConfig(QuantizationConfigMixin):
                 )
             self.options = config.model_dump(mode="json", exclude_defaults=True)
         elif self.options:
-            raise PlanError(f"SlimConfig: options {sorted(self.options)} need a method, such as SlimConfig('quantize.rtn', ...)")
+            raise PlanError(
+                f"SlimConfig: options {sorted(self.options)} need a method, such as SlimConfig('quantize.rtn', ...)"
+            )
 
     def encoding_of(self, name: str) -> Encoding:
         """The stored encoding of a module."""
@@ -132,7 +136,9 @@ class SlimQuantizer(HfQuantizer):
         names = self.quantization_config.modules
         return all(self.quantization_config.encoding_of(name).trainable for name in names)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype=None, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype=None, **kwargs: Any
+    ) -> PreTrainedModel:
         if self.pre_quantized:
             for name in self.quantization_config.modules:
                 module = model.get_submodule(name)
@@ -182,7 +188,9 @@ def mark(model: PreTrainedModel) -> None:
     modules: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, EncodedModule):
-            description = module.encoding.model_dump(mode="json", exclude_defaults=True) | {"kind": module.encoding.kind}
+            description = module.encoding.model_dump(mode="json", exclude_defaults=True) | {
+                "kind": module.encoding.kind
+            }
             if description not in encodings:
                 encodings.append(description)
             modules[name] = encodings.index(description)
@@ -209,7 +217,11 @@ def make_dense(model: PreTrainedModel) -> None:
 
 
 def _unmark(model: PreTrainedModel) -> None:
-    for owner, attribute in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+    for owner, attribute in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
         if hasattr(owner, attribute):
             delattr(owner, attribute)
     model.is_quantized = False  # pyright: ignore

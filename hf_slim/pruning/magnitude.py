@@ -89,4 +89,3 @@ def _encode(W: Tensor, keep: Bool[Tensor, "rows cols"], earlier: Tensor | None) 
     keep = keep if earlier is None else keep & earlier
     encoding = Sparse(survivors=int(keep.sum()))
     return encoding, encoding.pack(W, keep)
-

@@ -54,7 +54,10 @@ RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 RULES = Rules(
-    needs=("calibration",), makes=("codes",), preserves=("zeros", "codes"), paper="Frantar et al. 2023, arXiv:2210.17323"
+    needs=("calibration",),
+    makes=("codes",),
+    preserves=("zeros", "codes"),
+    paper="Frantar et al. 2023, arXiv:2210.17323",
 )
 
 
@@ -270,7 +273,7 @@ def _fed_alike(statistics: Mapping[str, Statistics]) -> list[list[str]]:
 
 
 def _solve(model: nn.Module, layers: list[Layer], H: Tensor, config: Config) -> dict[str, Solution]:
-    """Solve layers with the same input in one go, stacked along their rows."""
+    """Solve layers with the same input in one go, stacked along their rows; the error reported is their common one."""
     modules = [model.get_submodule(layer.name) for layer in layers]
     weights, masks = [get_weight(m) for m in modules], [get_keep(m) for m in modules]
     try:
@@ -287,13 +290,12 @@ def _solve(model: nn.Module, layers: list[Layer], H: Tensor, config: Config) -> 
         keep = torch.cat([f if mask is None else mask for mask, f in zip(masks, full, strict=True)])
     W = torch.cat(weights).float()
     grid = (config.bits, config.group_size, config.symmetric, config.clip)
-    codes, scales, zeros, _ = quantize(W, H, *grid, block=config.block, keep=keep, shared=shared)
+    codes, scales, zeros, measured = quantize(W, H, *grid, block=config.block, keep=keep, shared=shared)
     found, start = {}, 0
     notes = (f"damping raised to {shared.damping:g}",) if shared.damping > config.damping else ()
     for layer, mask in zip(layers, masks, strict=True):
         own, start = slice(start, start + layer.rows), start + layer.rows
         stored = encoding(layer, config)
         tensors = stored.pack(codes[own], scales[own], zeros[own], None if stored.survivors is None else mask)
-        error = relative_error(W[own], stored.decode(tensors, layer.rows, layer.cols), H)
-        found[layer.name] = Solution((stored, tensors), {"output_error": error}, notes)
+        found[layer.name] = Solution((stored, tensors), {"output_error": measured.relative_error}, notes)
     return found
