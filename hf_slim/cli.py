@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,12 +29,14 @@ from hf_slim.core.errors import SlimError
 from hf_slim.core.model import ModelSource
 from hf_slim.core.parallel import is_main
 from hf_slim.core.progress import Progress
+from hf_slim.core.report import RunReport
 from hf_slim.evaluation.measure import measure
 from hf_slim.export.artifact import read_report
 from hf_slim.export.card import model_card
 from hf_slim.export.table import stage_seconds, summary
 from hf_slim.inspect import inspect_model
-from hf_slim.methods import addresses, find_method, summary as first_words
+from hf_slim.methods import addresses, find_method
+from hf_slim.methods import summary as first_words
 from hf_slim.plan import Plan, make_plan
 from hf_slim.recipe import Recipe, load_recipe
 from hf_slim.run import run_recipe
@@ -189,14 +192,22 @@ def _plan_rows(plan: Plan) -> list[list[str]]:
 def _run(arguments: argparse.Namespace) -> Any:
     progress = Progress(show=False if arguments.json else None)
     report = run_recipe(_read_recipe(arguments), arguments.out, overwrite=arguments.overwrite, progress=progress)
-    _print_table(arguments, ["measured", "original", "result"], [list(row) for row in summary(report)])
-    _print_table(arguments, ["stage", "time"], [list(row) for row in stage_seconds(report)])
+    if not arguments.json:
+        show_report(report, arguments.out)
+    return report.model_dump(mode="json")
+
+
+def show_report(report: RunReport, out: str | Path) -> None:
+    """Print what a run measured: the table, seconds a stage, peak memory, notes."""
+    if not is_main():
+        return
+    _table(["measured", "original", "result"], [list(row) for row in summary(report)])
+    _table(["stage", "time"], [list(row) for row in stage_seconds(report)])
     peak = max((stage.peak_memory for stage in report.stages), default=0)
-    _say(arguments, f"peak memory {peak / 2**30:.2f} GiB; saved in {arguments.out}")
+    print(f"peak memory {peak / 2**30:.2f} GiB; saved in {out}")
     for stage in report.stages:
         for note in stage.notes:
-            _say(arguments, f"note: {stage.method}: {note}")
-    return report.model_dump(mode="json")
+            print(f"note: {stage.method}: {note}")
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
@@ -223,8 +234,11 @@ def _read_recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _print_table(arguments: argparse.Namespace, columns: list[str], rows: list[list[str]]) -> None:
-    if arguments.json or not is_main():
-        return
+    if not arguments.json and is_main():
+        _table(columns, rows)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for position, column in enumerate(columns):
         number = position > 0 and all(_is_number(row[position]) for row in rows)
