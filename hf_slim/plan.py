@@ -153,7 +153,7 @@ def order_problems(stages: tuple[Stage, ...]) -> list[str]:
                     f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
                     f"{_LOSSES.get(what, what)}; put {stage.method} before {maker}"
                 )
-        made |= {what: (number, stage.method) for what in _makes(stage)}
+        made |= dict.fromkeys(_makes(stage), (number, stage.method))
     return problems
 
 

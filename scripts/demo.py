@@ -2,8 +2,8 @@
 
     python scripts/demo.py            # what `make demo` runs
 
-Everything goes below the cache folder ($HF_SLIM_CACHE, or ~/.cache/hf_slim). An interrupted demo goes on where it was; a
-finished one is shown again at once, unless the code or the recipe has changed since.
+Everything goes below the cache folder ($HF_SLIM_CACHE, or ~/.cache/hf_slim). An interrupted demo goes on where it was;
+a finished one is shown again at once, unless the code or the recipe has changed since.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from torch import nn
 
 from hf_slim.core.files import write_text
 from hf_slim.core.layers import Encoded
+from hf_slim.core.parallel import is_main
 from hf_slim.core.report import LayerReport
 from hf_slim.core.swap import encode_layer
 from hf_slim.encodings import read_encoding
-from hf_slim.core.parallel import is_main
 
 
 class BlockStore:

@@ -69,7 +69,7 @@ class ModelSource:
         stored = getattr(config, "quantization_config", None)
         if stored is not None and stored.get("quant_method") != QUANT_METHOD and not self.where().get("gguf_file"):
             raise ModelError(
-                f"model {self.name!r} is already quantized ({stored.get('quant_method')}); start from its dense original"
+                f"model {self.name!r} is already quantized ({stored.get('quant_method')}); start from the dense original"
             )
         cls = model_class(config)
         dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)

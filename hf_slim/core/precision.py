@@ -1,7 +1,7 @@
 """Computing in another dtype than the one weights are stored in, for a while and without a trace.
 
 A CPU without bfloat16 arithmetic multiplies bfloat16 matrices several times slower than float32 ones (eight times on an
-AVX2 machine, measured). Going up to float32 and back changes no stored weight: every bfloat16 number is a float32 number.
+AVX2 machine, measured). Going up to float32 and back changes no stored weight: each bfloat16 number is a float32 number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which layers a method works on: found by type and position, never by a list of known architectures.
 
-A *block* is a child of an `nn.ModuleList` that holds linear layers (the outermost such list). Methods work on the linear
-layers inside blocks unless told otherwise; output heads, poolers and classifiers take part when a pattern names them.
+A *block* is a child of an `nn.ModuleList` that holds linear layers (the outermost such list). Methods work on the
+linear layers inside blocks unless told otherwise; output heads, poolers and classifiers take part when a pattern names
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.errors import PlanError, nearest
 from hf_slim.encodings import Encoding
-from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
+from hf_slim.encodings.modules import EncodedLinear, EncodedModule, TiedHead
 
 Kind = Literal["linear", "head", "embedding"]
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_slim.encodings import Encoding
-from hf_slim.encodings.codes import load_codes
 from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
 from hf_slim.encodings.packing import unpack_mask
 

@@ -2,9 +2,10 @@
 
 loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * cross entropy, a mean over tokens; KL reversed on demand.
 
-By default the teacher is the original model and the student its compressed self, which needs no layer maps and no labels:
-training recovers what compression broke. What `during` names happens to the student while it is trained: gradual
-pruning, whose zeros are stored as such at the end. Kernels are in `losses.py`, the loop is `DistillationTrainer`.
+By default the teacher is the original model and the student its compressed self, which needs no layer maps and no
+labels: training recovers what compression broke. What `during` names happens to the student while it is trained:
+gradual pruning, whose zeros are stored as such at the end. Kernels are in `losses.py`, the loop is
+`DistillationTrainer`.
 """
 
 from __future__ import annotations

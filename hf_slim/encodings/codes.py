@@ -1,4 +1,4 @@
-"""Integer codes of a weight as stored: packed row by row, or of a pruned weight the survivors' only, with a bit mask."""
+"""Integer codes as stored: packed row by row; or, of a pruned weight, the survivors' only, with a bit mask."""
 
 from __future__ import annotations
 

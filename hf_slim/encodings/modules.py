@@ -1,8 +1,8 @@
 """Layers that hold an encoded weight. Their state dict is the layout on disk.
 
-`EncodedLinear` stands in for `nn.Linear` and GPT-2's `Conv1D`, `EncodedEmbedding` for `nn.Embedding`, and `TiedHead` for
-an output head that shares an encoded embedding. All are subclasses of what they replace, so PEFT and Transformers treat
-them as such; `.weight` decodes on demand and is no parameter.
+`EncodedLinear` stands in for `nn.Linear` and GPT-2's `Conv1D`, `EncodedEmbedding` for `nn.Embedding`, and `TiedHead`
+for an output head that shares an encoded embedding. All are subclasses of what they replace, so PEFT and Transformers
+treat them as such; `.weight` decodes on demand and is no parameter.
 """
 
 from __future__ import annotations

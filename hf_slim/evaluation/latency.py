@@ -28,7 +28,6 @@ from hf_slim.core.report import StageReport
 from hf_slim.encodings.modules import cache_decoded
 from hf_slim.evaluation.forward import accepts, device_of, evaluating, is_causal, require_context
 
-
 RULES = Rules(needs=("original",), preserves=("zeros", "codes"))
 
 

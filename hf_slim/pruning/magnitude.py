@@ -1,7 +1,7 @@
 """Magnitude pruning in one shot: the smallest weights go (Han et al. 2015, arXiv:1506.02626).
 
-keep[r, c] = |W[r, c]| is among the largest (1 - sparsity) of its layer, or of all chosen layers together ("global"); or,
-for a pattern "n:m", among the n largest of every m consecutive columns of a row.
+keep[r, c] = |W[r, c]| is among the largest (1 - sparsity) of its layer, or of all chosen layers together ("global");
+or, for a pattern "n:m", among the n largest of every m consecutive columns of a row.
 
 W [rows, cols]. What remains is stored as a bit mask and the surviving values (`encodings/sparse.py`): a layer that lost
 half of its bf16 weights takes 9 bits a weight. The count of zeros is exact, to one weight; ties are broken by position.

@@ -25,7 +25,6 @@ from hf_slim.encodings import Affine
 from hf_slim.methods import find_method
 from hf_slim.quantization.grid import Clip, fit_grid, round_to_grid
 
-
 RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Jacob et al. 2018, arXiv:1712.05877")
 
 _CHUNK = 1 << 24  # weights encoded at once: an embedding is not copied whole
