@@ -20,16 +20,16 @@ def pack(codes: UInt8[Tensor, "*rows n"], bits: int) -> UInt8[Tensor, "*rows b"]
     """Pack codes below 2**bits along the last dimension; the last byte is filled up with zero bits."""
     if bits == 8:
         return codes.contiguous()
-    *rows, n = codes.shape
+    n = codes.shape[-1]
     per_byte = _codes_a_byte(bits)
     if per_byte:
-        padded = torch.nn.functional.pad(codes, (0, -n % per_byte)).view(*rows, -1, per_byte)
+        padded = _in_runs(codes, per_byte)
         packed = padded[..., 0].clone()
         for i in range(1, per_byte):
             packed |= padded[..., i] << (bits * i)
         return packed
     # eight codes fill exactly `bits` bytes: gather them in one 64-bit word
-    padded = torch.nn.functional.pad(codes, (0, -n % 8)).view(*rows, -1, 8)
+    padded = _in_runs(codes, 8)
     word = torch.zeros(padded.shape[:-1], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= padded[..., i].to(torch.int64) << (bits * i)
@@ -49,7 +49,7 @@ def unpack(packed: UInt8[Tensor, "*rows b"], bits: int, count: int) -> UInt8[Ten
         for i in range(per_byte):
             torch.bitwise_and(packed >> (bits * i), mask, out=codes[..., i])
         return codes.flatten(-2)[..., :count]
-    padded = torch.nn.functional.pad(packed, (0, -n_bytes % bits)).view(*rows, -1, bits)
+    padded = _in_runs(packed, bits)
     word = torch.zeros(padded.shape[:-1], dtype=torch.int64, device=packed.device)
     for j in range(bits):
         word |= padded[..., j].to(torch.int64) << (8 * j)
@@ -67,6 +67,12 @@ def pack_mask(keep: Tensor) -> UInt8[Tensor, "*rows b"]:
 def unpack_mask(packed: UInt8[Tensor, "*rows b"], count: int) -> Tensor:
     """Boolean [*rows, count]."""
     return unpack(packed, bits=1, count=count).to(torch.bool)
+
+
+def _in_runs(values: UInt8[Tensor, "*rows n"], size: int) -> UInt8[Tensor, "*rows runs {size}"]:
+    """Runs of `size` values, the last filled up with zeros; an empty tensor has none."""
+    *rows, n = values.shape
+    return torch.nn.functional.pad(values, (0, -n % size)).view(*rows, -(-n // size), size)
 
 
 def _codes_a_byte(bits: int) -> int:

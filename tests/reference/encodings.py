@@ -1,0 +1,48 @@
+"""Stored forms the slow way: one bit, one weight at a time, from the layout that the encodings' docstrings state."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pack(codes: list[int], bits: int) -> list[int]:
+    """One row of codes as the bytes of a little-endian bit stream: bit j of code i is bit i * bits + j."""
+    stream = [(code >> j) & 1 for code in codes for j in range(bits)]
+    stream += [0] * (-len(stream) % 8)
+    return [sum(bit << j for j, bit in enumerate(stream[start : start + 8])) for start in range(0, len(stream), 8)]
+
+
+def unpack(packed: list[int], bits: int, count: int) -> list[int]:
+    """The first `count` codes of one row of bytes."""
+    stream = [(byte >> j) & 1 for byte in packed for j in range(8)]
+    return [sum(stream[i * bits + j] << j for j in range(bits)) for i in range(count)]
+
+
+def affine(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group_size: int | None, keep=None) -> np.ndarray:
+    """(code - zero) * scale, weight by weight; 0 where `keep` is False."""
+    W = np.zeros(codes.shape, dtype=np.float32)
+    for row, col in np.ndindex(*codes.shape):
+        if keep is None or keep[row, col]:
+            group = 0 if group_size is None else col // group_size
+            W[row, col] = np.float32(int(codes[row, col]) - int(zeros[row, group])) * np.float32(scales[row, group])
+    return W
+
+
+def codebook(codes: np.ndarray, centroids: np.ndarray, rows_per_book: int | None, keep=None) -> np.ndarray:
+    """The centroid that each code names in its row's book; 0 where `keep` is False."""
+    W = np.zeros(codes.shape, dtype=np.float32)
+    for row, col in np.ndindex(*codes.shape):
+        if keep is None or keep[row, col]:
+            W[row, col] = centroids[0 if rows_per_book is None else row // rows_per_book, codes[row, col]]
+    return W
+
+
+def sparse(mask: list[list[int]], values: list[float], cols: int) -> np.ndarray:
+    """Values laid down row by row where the bit mask (packed rows) has a one."""
+    W = np.zeros((len(mask), cols), dtype=np.float32)
+    left = iter(values)
+    for row, packed in enumerate(mask):
+        for col, bit in enumerate(unpack(packed, 1, cols)):
+            if bit:
+                W[row, col] = next(left)
+    return W
