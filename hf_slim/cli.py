@@ -27,7 +27,7 @@ import hf_slim
 from hf_slim.core.data import DataSource, load_tokens
 from hf_slim.core.errors import SlimError
 from hf_slim.core.model import ModelSource
-from hf_slim.core.parallel import is_main
+from hf_slim.core.parallel import device, is_main
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import RunReport
 from hf_slim.evaluation.measure import measure
@@ -214,8 +214,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
     source = ModelSource(arguments.model)
     text = DataSource(source=arguments.data, samples=arguments.samples, length=arguments.length)
     windows = load_tokens(text, "held_out", source.load_tokenizer())
-    original = None if arguments.original is None else ModelSource(arguments.original).load()
-    found = measure(source.load(), windows.ids, original=original, speed=arguments.speed)
+    original = None if arguments.original is None else ModelSource(arguments.original).load().to(device())
+    found = measure(source.load().to(device()), windows.ids, original=original, speed=arguments.speed)
     _print_table(arguments, ["measured", "value"], [[what, f"{value:.4g}"] for what, value in found.items()])
     _say(arguments, f"on {windows.description}")
     return found | {"data": windows.description, "data_fingerprint": windows.fingerprint}

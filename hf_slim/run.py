@@ -25,7 +25,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.data import TokenWindows, load_tokens
 from hf_slim.core.layers import check_weights
 from hf_slim.core.model import ModelSource
-from hf_slim.core.parallel import is_main, wait_for_all
+from hf_slim.core.parallel import device, is_main, wait_for_all
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import RunReport
 from hf_slim.core.select import find_layers
@@ -98,7 +98,7 @@ def _run_stages(
         seed=plan.recipe.seed,
         tokenizer=tokenizer,
         windows=_by_role(windows),
-        load_original=plan.source.load,
+        load_original=lambda: plan.source.load().to(device()),
         progress=progress,
     )
     for number, planned in enumerate(plan.stages, 1):
@@ -118,8 +118,8 @@ def _run_stages(
 def _load(plan: Plan, workspace: Workspace) -> PreTrainedModel:
     """The model as the last finished stage left it, or the original."""
     if workspace.model_folder is not None:
-        return ModelSource(str(workspace.work / workspace.model_folder)).load()
-    model = plan.source.load()
+        return ModelSource(str(workspace.work / workspace.model_folder)).load().to(device())
+    model = plan.source.load().to(device())
     check_weights(model, [x for x in find_layers(model).values() if x.tied_to is None])
     return model
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import PartialState
 
 
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return PartialState().is_main_process
+
+
+def device() -> torch.device:
+    """Where this process computes: its accelerator, or the CPU."""
+    return PartialState().device
 
 
 def wait_for_all() -> None:

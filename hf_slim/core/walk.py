@@ -80,7 +80,7 @@ def walk(
         context: progress bars, and where finished blocks are kept.
 
     Raises:
-        ModelError: a block puts out NaN or infinite values, or a layer was never reached.
+        ModelError: a layer was never reached, or NaN or infinite values turn up: its block is left as it was.
         DataError: no windows.
     """
     if windows.numel() == 0:
@@ -128,7 +128,11 @@ def _replace(
         raise ModelError(
             [f"{name} was never reached by the calibration data; name it in layers.exclude" for name in missed]
         )
-    solutions = solve(sums.finish())
+    known = sums.finish()
+    bad = [name for name, found in known.items() if not torch.isfinite(found.hessian).all()]
+    if bad:
+        raise ModelError([f"{name} is fed NaN or infinite values by the calibration data" for name in bad])
+    solutions = solve(known)
     rows = [
         put_layer(model, layers[name], found.encoded, metrics=found.metrics, notes=found.notes)
         for name, found in solutions.items()

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hf_slim.core.errors import ArtifactError, nearest
+from hf_slim.core.explain import explain
 from hf_slim.encodings.affine import Affine
 from hf_slim.encodings.base import Encoding, TensorSpec
 from hf_slim.encodings.codebook import Codebook
@@ -31,4 +32,9 @@ def read_encoding(description: dict[str, Any]) -> Encoding:
     try:
         return KINDS[kind].model_validate(description)
     except ValidationError as error:
-        raise ArtifactError(f"cannot read encoding {description}: {error.errors()[0]['msg']}") from error
+        raise ArtifactError(
+            [
+                f"quantization_config, encoding {description}: {'.'.join(map(str, about))} {message}".replace(":  ", ": ")
+                for _, about, message in explain(error, KINDS[kind], description)
+            ]
+        ) from None

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hf_slim.encodings.base import DTYPES, Encoding, TensorSpec
@@ -34,6 +34,12 @@ class Codebook(Encoding):
     rows_per_book: int | None = Field(default=None, ge=1)
     centroid_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     survivors: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Codebook:
+        if self.clusters > 2**self.bits:
+            raise ValueError(f"clusters: {self.clusters} do not fit in {self.bits} bits, at most {2**self.bits}")
+        return self
 
     def books(self, rows: int) -> int:
         """Tables of a weight with that many rows."""
