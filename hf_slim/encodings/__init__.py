@@ -32,9 +32,5 @@ def read_encoding(description: dict[str, Any]) -> Encoding:
     try:
         return KINDS[kind].model_validate(description)
     except ValidationError as error:
-        raise ArtifactError(
-            [
-                f"quantization_config, encoding {description}: {'.'.join(map(str, about))} {message}".replace(":  ", ": ")
-                for _, about, message in explain(error, KINDS[kind], description)
-            ]
-        ) from None
+        found = [" ".join([*map(str, about), message]) for _, about, message in explain(error, KINDS[kind], description)]
+        raise ArtifactError([f"quantization_config, encoding {description}: {problem}" for problem in found]) from None

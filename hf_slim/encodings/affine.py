@@ -3,8 +3,8 @@
 W[r, c] = (codes[r, c] - zeros[r, g]) * scales[r, g],  g = c // group_size;  the last group of a row may be shorter.
 
 Zero is on every grid, so weights that pruning set to zero stay zero. Stored bits a weight: `bits`, plus 16 / group_size
-for the scale, plus bits / group_size for the zero point when asymmetric (rows are whole bytes). Of a pruned weight only the survivors' codes
-are stored, beside a bit mask.
+for the scale, plus bits / group_size for the zero point when asymmetric; a row's codes and its zero points each fill
+whole bytes. Of a pruned weight only the survivors' codes are stored, beside a bit mask.
 """
 
 from __future__ import annotations
