@@ -49,6 +49,7 @@ from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, Select
 from hf_slim.encodings import Codebook
 from hf_slim.methods import find_method
+from hf_slim.sharing.checks import check_books, check_matrix
 
 Scope = Literal["tensor", "row"] | PositiveInt
 
@@ -123,7 +124,7 @@ def cluster(
         SlimError: values or weights that are not finite, negative weights, shapes or a number of clusters that cannot
             be, centroids too large for `centroid_dtype`.
     """
-    _check(values, clusters, weights, iterations)
+    check_books(values, clusters, weights, iterations)
     books, n = values.shape
     reach = max(2 * GRID_REACH, EXACT_VALUES if n <= EXACT_VALUES else 0) + 1
     step = max(1, CHUNK // max(n, min(clusters, n) * reach**2))
@@ -173,7 +174,7 @@ def quantize(
     Raises:
         SlimError: as `cluster`; bits, scope or a mask that cannot be.
     """
-    _check_matrix(W, bits, scope, weights, keep)
+    check_matrix(W, bits, scope, weights, keep)
     rows, cols = W.shape
     per_book = {"tensor": rows, "row": 1}.get(scope, scope)
     full = rows - rows % per_book if per_book < rows else rows
@@ -378,46 +379,6 @@ def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books
     h = torch.where((h > 0).any(1, keepdim=True), h, (~pruned).double())
     total = h.sum(1, keepdim=True).where(~pruned.all(1, keepdim=True), 1)
     return torch.where(pruned, 1e6 * total / pruned.sum(1, keepdim=True).clamp(min=1), h)
-
-
-def _check(values: Tensor, clusters: int, weights: Tensor | None, iterations: int) -> None:
-    problems = []
-    if values.ndim != 2 or values.numel() == 0 or not values.is_floating_point():
-        problems.append(
-            f"k-means needs a non-empty floating-point tensor [books, n], got {values.dtype} {list(values.shape)}"
-        )
-    elif not values.sum(dtype=torch.float64).isfinite():  # far cheaper than a look at every value
-        bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
-        problems.append(
-            f"k-means needs finite values, got NaN or infinity in {len(bad)} of {len(values)} books, the first at "
-            f"index {bad[0]}: mend or exclude the layer"
-        )
-    if not 1 <= clusters <= 256:
-        problems.append(f"clusters must be 1 to 256 (codes are bytes), got {clusters}")
-    if iterations < 1:
-        problems.append(f"iterations must be at least 1, got {iterations}")
-    if weights is not None and weights.shape != values.shape:
-        problems.append(f"weights must have the shape of the values {list(values.shape)}, got {list(weights.shape)}")
-    elif weights is not None and not (weights.isfinite() & (weights >= 0)).all():
-        problems.append("weights must be finite and not negative: they are importances, such as squared gradients")
-    if problems:
-        raise SlimError(problems)
-
-
-def _check_matrix(W: Tensor, bits: int, scope: Scope, weights: Tensor | None, keep: Tensor | None) -> None:
-    problems = []
-    if W.ndim != 2:
-        problems.append(f"W must be a matrix [rows, cols], got shape {list(W.shape)}")
-    if not 1 <= bits <= 8:
-        problems.append(f"bits must be 1 to 8, got {bits}")
-    if scope not in ("tensor", "row") and not (isinstance(scope, int) and scope >= 1):
-        problems.append(f'scope must be "tensor", "row" or a positive number of rows, got {scope!r}')
-    if weights is not None and weights.shape != W.shape:
-        problems.append(f"weights must have the shape of W {list(W.shape)}, got {list(weights.shape)}")
-    if keep is not None and (keep.shape != W.shape or keep.dtype != torch.bool):
-        problems.append(f"keep must be a boolean mask of shape {list(W.shape)}, got {keep.dtype} {list(keep.shape)}")
-    if problems:
-        raise SlimError(problems)
 
 
 def encoding(layer: Layer, config: Config) -> Codebook:
