@@ -1,7 +1,7 @@
 """Computing in another dtype than the one weights are stored in, for a while and without a trace.
 
 A CPU without bfloat16 arithmetic multiplies bfloat16 matrices several times slower than float32 ones (eight times on an
-AVX2 machine, measured). Going up to float32 and back changes no stored weight: each bfloat16 number is a float32 number.
+AVX2 machine, measured). Going up to float32 and back changes no stored weight: a bfloat16 number is a float32 number.
 """
 
 from __future__ import annotations
@@ -53,6 +53,4 @@ def _cast(
         parameter.data = parameter.data.to(parameters.get(name, usual))
     for name, module in model.named_modules():
         if isinstance(module, EncodedModule):
-            module.compute_dtype = modules.get(name, usual)
-            if module._cache is not None:
-                module._cache = module._cache.to(module.compute_dtype)
+            module.compute_in(modules.get(name, usual))

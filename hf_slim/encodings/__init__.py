@@ -32,5 +32,10 @@ def read_encoding(description: dict[str, Any]) -> Encoding:
     try:
         return KINDS[kind].model_validate(description)
     except ValidationError as error:
-        found = [" ".join([*map(str, about), message]) for _, about, message in explain(error, KINDS[kind], description)]
-        raise ArtifactError([f"quantization_config, encoding {description}: {problem}" for problem in found]) from None
+        found = explain(error, KINDS[kind], description)
+        raise ArtifactError(
+            [
+                f"quantization_config, encoding {description}: {' '.join(map(str, [*about, message]))}"
+                for _, about, message in found
+            ]
+        ) from None

@@ -8,6 +8,7 @@ treat them as such; `.weight` decodes on demand and is no parameter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,24 @@ from hf_slim.encodings.base import Encoding
 class DecodedWeight(Tensor):
     """What `.weight` of an encoded layer returns: a copy that says so when somebody writes to it.
 
-    PEFT's merge assigns `layer.weight.data`; on a decoded copy that would be lost without a word.
+    PEFT's merge assigns `layer.weight.data`, initializers fill in place; on a decoded copy that would be lost without
+    a word. What is computed from it is a plain tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    _HARMLESS = ("requires_grad_", "share_memory_", "detach_")
+    _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = func.__name__
+        in_place = name.endswith("_") and not name.endswith("__") and name not in cls._HARMLESS
+        if (in_place or name in cls._WRITES) and isinstance(args[0], cls):
+            _refuse_write()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo):
+        return self.as_subclass(Tensor).clone()
 
     @property
     def data(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -31,16 +46,14 @@ class DecodedWeight(Tensor):
 
     @data.setter
     def data(self, value):
-        raise SlimError(
-            "the weight of an encoded layer cannot be assigned: it is stored as codes. Keep a LoRA adapter beside the "
-            "encoded model, or make the model dense first (model.dequantize()) and merge then"
-        )
+        _refuse_write()
 
-    def __iadd__(self, other):
-        self.data = other
-        return self
 
-    __isub__ = __imul__ = __itruediv__ = __iadd__
+def _refuse_write() -> NoReturn:
+    raise SlimError(
+        "the weight of an encoded layer cannot be assigned: it is stored as codes. Keep a LoRA adapter beside the "
+        "encoded model, or make the model dense first (model.dequantize()) and merge then"
+    )
 
 
 class EncodedModule(nn.Module):
@@ -56,6 +69,7 @@ class EncodedModule(nn.Module):
     cols: int
     compute_dtype: torch.dtype
     _cache: Tensor | None
+    _cached_versions: list[int]
 
     def _hold(self, encoding: Encoding, rows: int, cols: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.encoding, self.rows, self.cols, self.compute_dtype = encoding, rows, cols, dtype
@@ -81,8 +95,9 @@ class EncodedModule(nn.Module):
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight [rows, cols] in `dtype`."""
-        if self._cache is not None:
-            return self._cache.to(dtype)
+        kept = self._kept(dtype)
+        if kept is not None:
+            return kept
         return self.encoding.decode(self.tensors(), self.rows, self.cols).to(dtype)
 
     def cache_decoded(self, on: bool = True) -> None:
@@ -90,7 +105,24 @@ class EncodedModule(nn.Module):
         self._cache = None
         if on:
             with torch.no_grad():
-                self._cache = self.decoded(self.compute_dtype).detach()
+                self._cache, self._cached_versions = self.decoded(self.compute_dtype), self._versions()
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Decode to `dtype` from now on; a kept weight is decoded anew, because widening a rounded one loses digits."""
+        changed, self.compute_dtype = dtype != self.compute_dtype, dtype
+        if changed and self._cache is not None:
+            self.cache_decoded()
+
+    def _kept(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight that `cache_decoded` kept, unless it is not what is stored: other dtype, or trained since."""
+        if self._cache is None or self._cache.dtype != dtype or self._cached_versions != self._versions():
+            return None
+        trains = torch.is_grad_enabled() and any(getattr(self, name).requires_grad for name in self.encoding.trainable)
+        return None if trains else self._cache
+
+    def _versions(self) -> list[int]:
+        trainable = [getattr(self, name) for name in self.encoding.trainable]
+        return [0 if tensor.is_inference() else tensor._version for tensor in trainable]
 
     @property
     def weight(self) -> Tensor:
@@ -111,9 +143,9 @@ class EncodedModule(nn.Module):
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         if self._cache is not None:
-            self._cache = fn(self._cache)
+            self._cache = fn(self._cache)  # to another device, perhaps
+        self.compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -168,8 +200,9 @@ class EncodedEmbedding(EncodedModule, nn.Embedding):
         self._hold(encoding, num_embeddings, embedding_dim, dtype, device)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self._cache is not None:
-            return self._cache[ids]
+        kept = self._kept(self.compute_dtype)
+        if kept is not None:
+            return kept[ids]
         rows = self.encoding.take(self.tensors(), ids.flatten(), self.rows, self.cols)
         return rows.to(self.compute_dtype).view(*ids.shape, self.cols)
 
