@@ -11,6 +11,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.data import tokens_from
 from hf_slim.core.errors import PlanError
 from hf_slim.core.layers import check_weights
+from hf_slim.core.model import check_tokens
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import find_layers
@@ -59,6 +60,8 @@ def compress(
     _check_needs(method, data, original)
     check_weights(model, [layer for layer in layers.values() if layer.tied_to is None])
     windows = None if data is None else tokens_from(data, tokenizer, length, samples, seed).ids
+    if windows is not None:
+        check_tokens(model, windows, "data")
     context = Context(
         seed=seed,
         tokenizer=tokenizer,

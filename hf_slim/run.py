@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,13 +24,14 @@ import hf_slim
 from hf_slim.core.apply import run_stage
 from hf_slim.core.context import Context
 from hf_slim.core.data import TokenWindows, load_tokens
+from hf_slim.core.errors import ArtifactError
 from hf_slim.core.layers import check_weights
-from hf_slim.core.model import ModelSource
+from hf_slim.core.model import ModelSource, check_tokens
 from hf_slim.core.parallel import device, is_main, wait_for_all
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import RunReport
 from hf_slim.core.select import find_layers
-from hf_slim.export.artifact import write_artifact
+from hf_slim.export.artifact import read_report, write_artifact
 from hf_slim.export.workspace import Workspace, disk_errors
 from hf_slim.plan import Plan, make_plan
 from hf_slim.recipe import Recipe
@@ -55,15 +57,16 @@ def run_recipe(
     plan = make_plan(recipe)
     workspace = Workspace(Path(out))
     workspace.check()
-    if overwrite:
-        workspace.clear()
-        wait_for_all()
-    tokenizer = plan.source.load_tokenizer() if plan.roles() else None
+    if plan.source.path is not None and plan.source.path.resolve() == workspace.out.resolve():
+        raise ArtifactError(f"{out} holds the model itself; give another folder for the result")
+    tokenizer = plan.source.load_tokenizer()
     windows = {role: _windows(recipe, role, tokenizer) for role in plan.roles()}
     inputs = fingerprints(recipe, plan.source, windows)
     with disk_errors(workspace.out):
+        if overwrite:
+            workspace.clear()
         if workspace.is_finished():
-            return _already_there(workspace, inputs)
+            return workspace.finished(inputs)
         workspace.open(inputs)
         model = _run_stages(plan, workspace, windows, tokenizer, progress or Progress())
         return _finish(plan, workspace, model, tokenizer, inputs)
@@ -78,7 +81,14 @@ def fingerprints(recipe: Recipe, source: ModelSource, windows: dict[str, TokenWi
         "model": source.fingerprint(),
         "code": f"hf_slim {hf_slim.__version__} {code_digest()[:12]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
-    } | {f"data.{role}": found.fingerprint for role, found in windows.items()}
+        **{f"teacher {name}": ModelSource(name).fingerprint() for name in _teachers(recipe)},
+        **{f"data.{role}": found.fingerprint for role, found in windows.items()},
+    }
+
+
+def _teachers(recipe: Recipe) -> list[str]:
+    """Other models that stages learn from."""
+    return [name for stage in recipe.stages if (name := getattr(stage.options, "teacher", None))]
 
 
 @cache
@@ -94,6 +104,8 @@ def _run_stages(
 ) -> PreTrainedModel:
     done = len(workspace.reports)
     model = _load(plan, workspace)
+    for found in windows.values():
+        check_tokens(model, found.ids, found.description)
     context = Context(
         seed=plan.recipe.seed,
         tokenizer=tokenizer,
@@ -129,19 +141,12 @@ def _finish(
 ) -> RunReport:
     report = None
     if is_main():
-        tokenizer = tokenizer or plan.source.load_tokenizer()
         staged = workspace.work / "artifact"
+        shutil.rmtree(staged, ignore_errors=True)
         report = write_artifact(plan, workspace.reports, model, tokenizer, inputs, staged)
         workspace.publish(staged)
     wait_for_all()
-    return report or RunReport.model_validate(workspace.finished())
-
-
-def _already_there(workspace: Workspace, inputs: dict[str, Any]) -> RunReport:
-    found = workspace.finished()
-    workspace._inputs = inputs
-    workspace.refuse_other_inputs(found["inputs"])
-    return RunReport.model_validate(found)
+    return report or read_report(workspace.out)
 
 
 def _windows(recipe: Recipe, role: str, tokenizer: Any) -> TokenWindows:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 import transformers
+from jaxtyping import Int
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from hf_slim.core.errors import ModelError
+from hf_slim.core.errors import DataError, ModelError
 from hf_slim.integration.transformers import QUANT_METHOD, SlimConfig, SlimQuantizer
 
-WEIGHTS = ("*.safetensors", "config.json", "*.gguf")
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ModelSource:
             ModelError: it cannot be found or read.
         """
         try:
-            return AutoConfig.from_pretrained(**self.where())
+            return AutoConfig.from_pretrained(**self.where(), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
 
@@ -69,7 +71,8 @@ class ModelSource:
         stored = getattr(config, "quantization_config", None)
         if stored is not None and stored.get("quant_method") != QUANT_METHOD and not self.where().get("gguf_file"):
             raise ModelError(
-                f"model {self.name!r} is already quantized ({stored.get('quant_method')}); start from the dense original"
+                f"model {self.name!r} is already quantized ({stored.get('quant_method')}); "
+                "start from the dense original"
             )
         cls = model_class(config)
         dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -110,7 +113,7 @@ class ModelSource:
             ModelError: there is none.
         """
         try:
-            return AutoTokenizer.from_pretrained(**self.where())
+            return AutoTokenizer.from_pretrained(**self.where(), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model {self.name!r}: cannot load its tokenizer: {_first_line(error)}") from error
 
@@ -132,6 +135,32 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         f"config.json names no architecture that Transformers {transformers.__version__} knows "
         f"(got {config.architectures}); models with code of their own are not supported"
     )
+
+
+def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "windows length"], what: str) -> None:
+    """Refuse token windows that the model cannot take.
+
+    Args:
+        what: names the data in messages.
+
+    Raises:
+        DataError: windows longer than the model has positions, or ids that its embedding does not have.
+    """
+    problems = []
+    length, positions = ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        problems.append(
+            f"{what}: windows of {length} tokens do not fit the {positions} positions of {type(model).__name__}; "
+            f"use length {positions} or less"
+        )
+    known = getattr(model.config, "vocab_size", None)
+    if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        problems.append(
+            f"{what}: token ids run from {int(ids.min())} to {int(ids.max())}, but the model knows 0 to {known - 1}; "
+            "use the model's own tokenizer"
+        )
+    if problems:
+        raise DataError(problems)
 
 
 def forget_gguf(model: PreTrainedModel) -> None:

@@ -22,8 +22,9 @@ from hf_slim.core.errors import ArtifactError
 from hf_slim.core.report import RunReport, Size, StageReport
 from hf_slim.core.size import stored_bytes
 from hf_slim.export.card import model_card
-from hf_slim.export.workspace import REPORT
 from hf_slim.plan import Plan
+
+REPORT = "slim.json"
 
 
 def write_artifact(

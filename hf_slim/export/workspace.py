@@ -22,10 +22,11 @@ from typing import Any
 from hf_slim.core.errors import ArtifactError, ResumeError, SlimError
 from hf_slim.core.files import write_text
 from hf_slim.core.parallel import is_main, wait_for_all
-from hf_slim.core.report import StageReport
+from hf_slim.core.report import RunReport, StageReport
+from hf_slim.export.artifact import REPORT, read_report
 
 WORK = ".slim"
-REPORT = "slim.json"
+OLD = "old.json"  # `slim.json` of an artifact that is being thrown away
 
 
 class Workspace:
@@ -68,11 +69,10 @@ class Workspace:
         """
         self._inputs = inputs
         found = self._read_manifest()
+        wait_for_all()  # every process has looked before one of them writes
         if found is None:
             if is_main():
-                shutil.rmtree(self.work, ignore_errors=True)
-                self.work.mkdir(parents=True)
-                self._write_manifest()
+                self._start()
             wait_for_all()
             return
         self.refuse_other_inputs(found["inputs"])
@@ -95,18 +95,36 @@ class Workspace:
                 ]
             )
 
-    def finished(self) -> dict[str, Any]:
-        """`slim.json` of the artifact that is here."""
-        return json.loads((self.out / REPORT).read_text())
+    def finished(self, inputs: dict[str, Any]) -> RunReport:
+        """The report of the artifact that is here.
+
+        Raises:
+            ResumeError: it was made from other inputs; says which.
+            ArtifactError: it is damaged.
+        """
+        report = read_report(self.out)
+        self._inputs = inputs
+        self.refuse_other_inputs(report.inputs)
+        if is_main():
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed after its last step
+        return report
 
     def clear(self) -> None:
-        """Throw away what an earlier run of ours left (files that are not ours stay)."""
-        if not is_main():
-            return
-        if self.is_finished():
-            for name in self.finished().get("files", []):
-                (self.out / name).unlink(missing_ok=True)
-            (self.out / REPORT).unlink()
+        """Throw away what an earlier run of ours left; files that are not ours stay.
+
+        The list of our files is moved away first: a folder with `slim.json` is complete at any moment.
+        """
+        wait_for_all()  # every process has checked the folder
+        if is_main():
+            if self.is_finished():
+                self.work.mkdir(exist_ok=True)
+                os.replace(self.out / REPORT, self.work / OLD)
+            self._remove()
+        wait_for_all()
+
+    def _remove(self) -> None:
+        for name in _own_files(self.work / OLD):
+            (self.out / name).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def stage_folder(self, number: int) -> Path:
@@ -137,6 +155,16 @@ class Workspace:
         for name in [n for n in names if n != REPORT] + [REPORT]:
             os.replace(staged / name, self.out / name)
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def _start(self) -> None:
+        self._remove()
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            if _is_disk_full(error):
+                raise
+            raise ArtifactError(f"{self.out} cannot be written: {error.strerror}; give another folder") from error
+        self._write_manifest()
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.work / "manifest.json"
@@ -171,9 +199,22 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error; libraries wrap it, safetensors keeps only its words."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _own_files(report: Path) -> list[str]:
+    """Names of an artifact's files, as its `slim.json` lists them; none when there is none, or a damaged one."""
+    try:
+        names = json.loads(report.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if name == os.path.basename(name)]
 
 
 def _short(value: Any) -> str:
