@@ -16,11 +16,12 @@ class Progress:
     """Shows how far loops are.
 
     Args:
-        show: whether to show anything; by default only on a terminal.
+        show: False shows nothing, True everything; by default lines always and bars on a terminal.
     """
 
     def __init__(self, show: bool | None = None):
         self.console = Console(stderr=True)
+        self.lines = show is not False
         self.show = self.console.is_terminal if show is None else show
 
     def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -36,5 +37,5 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line for the user."""
-        if self.show:
+        if self.lines:
             self.console.print(text, highlight=False)
