@@ -25,17 +25,18 @@ class DecodedWeight(Tensor):
     a word. What is computed from it is a plain tensor.
     """
 
+    _is_hf_initialized = True  # Transformers' initializers pass over it: GPT-2's reach into child layers
     _HARMLESS = ("requires_grad_", "share_memory_", "detach_")
     _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = func.__name__
+        name, kwargs = func.__name__, kwargs or {}
         in_place = name.endswith("_") and not name.endswith("__") and name not in cls._HARMLESS
-        if (in_place or name in cls._WRITES) and isinstance(args[0], cls):
+        if (in_place or name in cls._WRITES) and isinstance(next(iter([*args, *kwargs.values()])), cls):
             _refuse_write()
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     def __deepcopy__(self, memo):
         return self.as_subclass(Tensor).clone()

@@ -24,10 +24,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_slim.core.errors import ArtifactError, PlanError
+from hf_slim.core.errors import ArtifactError, PlanError, nearest
 from hf_slim.core.layers import stream_plan
 from hf_slim.core.method import MethodConfig
-from hf_slim.core.select import Layer
+from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.stage import Stage, make_stage
 from hf_slim.core.swap import densify, empty_like, put_encoded, tied_heads
 from hf_slim.encodings import Encoding, read_encoding
@@ -83,8 +83,18 @@ class SlimConfig(QuantizationConfigMixin):
             )
 
     def encoding_of(self, name: str) -> Encoding:
-        """The stored encoding of a module."""
-        return read_encoding(self.encodings[self.modules[name]])
+        """The stored encoding of a module.
+
+        Raises:
+            ArtifactError: a damaged description, or none.
+        """
+        place = self.modules[name]
+        if place not in range(len(self.encodings)):
+            raise ArtifactError(
+                f"quantization_config: {name} is stored in encoding {place}, but {len(self.encodings)} are listed; "
+                "config.json is damaged"
+            )
+        return read_encoding(self.encodings[place])
 
     def to_dict(self) -> dict[str, Any]:
         stored = {k: v for k, v in copy.deepcopy(self.__dict__).items() if v not in (None, {}, [])}
@@ -140,9 +150,9 @@ class SlimQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype=None, **kwargs: Any
     ) -> PreTrainedModel:
         if self.pre_quantized:
-            for name in self.quantization_config.modules:
+            for name, stored_name in _stored_layers(model, self.quantization_config).items():
                 module = model.get_submodule(name)
-                encoding = self.quantization_config.encoding_of(name)
+                encoding = self.quantization_config.encoding_of(stored_name)
                 put_encoded(model, name, empty_like(module, encoding, module.weight.dtype, "meta"))  # pyright: ignore
         elif self.quantization_config.method is not None:
             self._stage = make_stage(self.quantization_config.method, self.quantization_config.options)
@@ -164,8 +174,10 @@ class SlimQuantizer(HfQuantizer):
         mark(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         make_dense(model)
+        if isinstance(dtype, str):  # Transformers passes `config.dtype`, and saving a model turns that into a word
+            dtype = getattr(torch, dtype)
         # a model that has the dtype already is left alone: `.to` would round its float32 buffers (rotary tables) too
         return model if dtype in (None, model.dtype) else model.to(dtype)  # pyright: ignore
 
@@ -177,6 +189,34 @@ def _streaming_problem(method: ModuleType, config: MethodConfig) -> str | None:
     if not hasattr(method, "encode"):
         return "it does not encode weights"
     return method.streaming_problem(config) if hasattr(method, "streaming_problem") else None
+
+
+def _stored_layers(model: PreTrainedModel, config: SlimConfig) -> dict[str, str]:
+    """Which layers of the model are stored encoded, {name: name in the config}.
+
+    Both need not be the same: as for dense checkpoints, a model may be loaded without the head it was saved with, or
+    with another one, and its layers are then called with the base model's prefix or without.
+
+    Raises:
+        ArtifactError: a layer that the saved class does not have.
+    """
+    layers, prefix = find_layers(model), f"{model.base_model_prefix}."
+    found: dict[str, str] = {}
+    lost: list[str] = []
+    for stored in config.modules:
+        name = next((n for n in (stored, stored.removeprefix(prefix), prefix + stored) if n in layers), None)
+        if name is None:
+            lost.append(stored)
+        else:
+            found[name] = stored
+    if lost and type(model).__name__ in (model.config.architectures or ()):
+        raise ArtifactError(
+            [
+                f"quantization_config: the model has no layer {name!r}; {nearest(name, layers)} config.json is damaged"
+                for name in lost
+            ]
+        )
+    return found
 
 
 def mark(model: PreTrainedModel) -> None:
