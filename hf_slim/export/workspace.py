@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from hf_slim.core.errors import ArtifactError, ResumeError, SlimError
 from hf_slim.core.files import write_text
 from hf_slim.core.parallel import is_main, wait_for_all
@@ -26,7 +28,24 @@ from hf_slim.core.report import RunReport, StageReport
 from hf_slim.export.artifact import REPORT, read_report
 
 WORK = ".slim"
+MANIFEST = "manifest.json"
 OLD = "old.json"  # `slim.json` of an artifact that is being thrown away
+
+
+class Manifest(BaseModel):
+    """What an unfinished run was made from and what it has finished.
+
+    Args:
+        inputs: fingerprints of everything that decides the result.
+        stages: reports of the finished stages.
+        model: folder of the model after the last of them; None while it is still the original.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: dict[str, Any]
+    stages: list[StageReport]
+    model: str | None
 
 
 class Workspace:
@@ -75,9 +94,8 @@ class Workspace:
                 self._start()
             wait_for_all()
             return
-        self.refuse_other_inputs(found["inputs"])
-        self.reports = [StageReport.model_validate(report) for report in found["stages"]]
-        self.model_folder = found["model"]
+        self.refuse_other_inputs(found.inputs)
+        self.reports, self.model_folder = found.stages, found.model
 
     def refuse_other_inputs(self, made_from: dict[str, Any]) -> None:
         """Fail when the folder's content was made from something else.
@@ -166,20 +184,17 @@ class Workspace:
             raise ArtifactError(f"{self.out} cannot be written: {error.strerror}; give another folder") from error
         self._write_manifest()
 
-    def _read_manifest(self) -> dict[str, Any] | None:
-        path = self.work / "manifest.json"
+    def _read_manifest(self) -> Manifest | None:
+        path = self.work / MANIFEST
         try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except json.JSONDecodeError as error:
-            raise ResumeError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+            return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValidationError as error:
+            what = error.errors()[0]["msg"]
+            raise ResumeError(f"{path} is damaged ({what}); start anew with --overwrite") from error
 
     def _write_manifest(self) -> None:
-        content = {
-            "inputs": self._inputs,
-            "stages": [report.model_dump(mode="json") for report in self.reports],
-            "model": self.model_folder,
-        }
-        write_text(self.work / "manifest.json", json.dumps(content, indent=1))
+        manifest = Manifest(inputs=self._inputs, stages=self.reports, model=self.model_folder)
+        write_text(self.work / MANIFEST, manifest.model_dump_json(indent=1))
 
 
 @contextmanager
