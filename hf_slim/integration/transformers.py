@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_slim.core.errors import ArtifactError, PlanError, nearest
+from hf_slim.core.errors import ArtifactError, ModelError, PlanError, nearest
 from hf_slim.core.layers import stream_plan
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import Layer, find_layers
@@ -245,10 +245,21 @@ def mark(model: PreTrainedModel) -> None:
 
 
 def make_dense(model: PreTrainedModel) -> None:
-    """Replace every encoded layer by a dense one, and let Transformers tie weights again as the class says."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, EncodedModule):
-            densify(model, name)
+    """Replace every encoded layer by a dense one, and let Transformers tie weights again as the class says.
+
+    Raises:
+        ModelError: an adapter sits on layers that become Conv1D again; nothing has been changed.
+    """
+    encoded = {name: module for name, module in model.named_modules() if isinstance(module, EncodedModule)}
+    wrapped = [n for n, m in encoded.items() if n.endswith(".base_layer") and getattr(m, "turned", False)]
+    if wrapped:  # PEFT took them for linear layers, and would merge the transpose of its product
+        raise ModelError(
+            f"adapters were attached to {wrapped[0]} and {len(wrapped) - 1} more while encoded, and do not fit the "
+            "transposed weights of the dense model: save the adapter, call model.unload() and dequantize() on what it "
+            "returns, then load the adapter again"
+        )
+    for name in encoded:
+        densify(model, name)
     if any(isinstance(m, TiedHead) for m in model.modules()):
         raise ArtifactError("a tied head points to an embedding that is not part of the model")
     model.__dict__.pop("_tied_weights_keys", None)
