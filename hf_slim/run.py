@@ -106,6 +106,7 @@ def _run_stages(
     model = _load(plan, workspace)
     for found in windows.values():
         check_tokens(model, found.ids, found.description)
+    workspace.begin()
     context = Context(
         seed=plan.recipe.seed,
         tokenizer=tokenizer,

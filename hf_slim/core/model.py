@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
@@ -62,7 +63,7 @@ class ModelSource:
         """
         try:
             return AutoConfig.from_pretrained(**self.where(), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
 
     def skeleton(self) -> PreTrainedModel:
@@ -132,8 +133,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     raise ModelError(
-        f"config.json names no architecture that Transformers {transformers.__version__} knows "
-        f"(got {config.architectures}); models with code of their own are not supported"
+        f"model {config.name_or_path!r}: its config names no architecture that Transformers "
+        f"{transformers.__version__} knows (got {config.architectures}); models with code of their own are not supported"
     )
 
 
@@ -180,4 +181,5 @@ def sha256(path: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

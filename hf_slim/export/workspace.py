@@ -61,6 +61,7 @@ class Workspace:
         self.reports: list[StageReport] = []
         self.model_folder: str | None = None
         self._inputs: dict[str, Any] = {}
+        self._begun: Manifest | None = None
 
     def check(self) -> None:
         """Refuse a folder that is not ours.
@@ -81,21 +82,27 @@ class Workspace:
         return (self.out / REPORT).is_file()
 
     def open(self, inputs: dict[str, Any]) -> None:
-        """Start, or take up what an earlier run with the same inputs left.
+        """Take up what an earlier run with the same inputs left; writes nothing.
 
         Raises:
             ResumeError: the folder's run was made from other inputs; says which.
         """
         self._inputs = inputs
-        found = self._read_manifest()
+        self._begun = self._read_manifest()
+        if self._begun is not None:
+            self.refuse_other_inputs(self._begun.inputs)
+            self.reports, self.model_folder = self._begun.stages, self._begun.model
+
+    def begin(self) -> None:
+        """Make the folder and note what the run is made from, unless an earlier run did.
+
+        Raises:
+            ArtifactError: the folder cannot be made.
+        """
         wait_for_all()  # every process has looked before one of them writes
-        if found is None:
-            if is_main():
-                self._start()
-            wait_for_all()
-            return
-        self.refuse_other_inputs(found.inputs)
-        self.reports, self.model_folder = found.stages, found.model
+        if self._begun is None and is_main():
+            self._start()
+        wait_for_all()
 
     def refuse_other_inputs(self, made_from: dict[str, Any]) -> None:
         """Fail when the folder's content was made from something else.
