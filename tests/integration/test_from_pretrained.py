@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_slim
-from hf_slim.core.errors import ArtifactError, PlanError, RecipeError
+from hf_slim.core.errors import ArtifactError, PlanError, RecipeError, SlimError
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.swap import get_weight
 from hf_slim.encodings.modules import EncodedModule, TiedHead
@@ -266,6 +266,18 @@ def test_at_most_one_dense_weight_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(SlimQuantizer, "encode", counted)
     load("llama", folder, quantization_config=hf_slim.SlimConfig("quantize.rtn", bits=4))
     assert dense == [0] * 28
+
+
+def test_resizing_an_encoded_table_is_refused():
+    """It would write into a decoded copy, and drop the tie of the head."""
+    model = compressed("llama", "rtn")
+    expected = logits(model)
+    with pytest.raises(SlimError, match=r"model\.dequantize\(\)"):
+        model.resize_token_embeddings(tiny.VOCABULARY + 4)
+    assert torch.equal(logits(model), expected)
+    model.dequantize().resize_token_embeddings(tiny.VOCABULARY + 4)
+    assert logits(model).shape[-1] == tiny.VOCABULARY + 4
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
