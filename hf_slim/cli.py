@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import hf_slim
 from hf_slim.core.data import DataSource, load_tokens
-from hf_slim.core.errors import SlimError
+from hf_slim.core.errors import DataError, SlimError
 from hf_slim.core.model import ModelSource
 from hf_slim.core.parallel import device, is_main
 from hf_slim.core.progress import Progress
@@ -212,13 +213,21 @@ def show_report(report: RunReport, out: str | Path) -> None:
 
 def _eval(arguments: argparse.Namespace) -> Any:
     source = ModelSource(arguments.model)
-    text = DataSource(source=arguments.data, samples=arguments.samples, length=arguments.length)
-    windows = load_tokens(text, "held_out", source.load_tokenizer())
+    windows = load_tokens(_held_out(arguments), "held_out", source.load_tokenizer())
     original = None if arguments.original is None else ModelSource(arguments.original).load().to(device())
     found = measure(source.load().to(device()), windows.ids, original=original, speed=arguments.speed)
     _print_table(arguments, ["measured", "value"], [[what, f"{value:.4g}"] for what, value in found.items()])
     _say(arguments, f"on {windows.description}")
     return found | {"data": windows.description, "data_fingerprint": windows.fingerprint}
+
+
+def _held_out(arguments: argparse.Namespace) -> DataSource:
+    try:
+        return DataSource(source=arguments.data, samples=arguments.samples, length=arguments.length)
+    except ValidationError as error:
+        raise DataError(
+            [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']}" for e in error.errors()]
+        ) from None
 
 
 def _card(arguments: argparse.Namespace) -> Any:

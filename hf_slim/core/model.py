@@ -134,7 +134,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             return getattr(transformers, name)
     raise ModelError(
         f"model {config.name_or_path!r}: its config names no architecture that Transformers "
-        f"{transformers.__version__} knows (got {config.architectures}); models with code of their own are not supported"
+        f"{transformers.__version__} knows (got {config.architectures}); "
+        "models with code of their own are not supported"
     )
 
 
