@@ -12,63 +12,27 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from compressed import DTYPES, METHODS, compressed, encoded_names, load, logits
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     PreTrainedModel,
 )
 
 import hf_slim
-from hf_slim.core.errors import ArtifactError, PlanError, RecipeError, SlimError
+from hf_slim.core.errors import SlimError
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.swap import get_weight
 from hf_slim.encodings.modules import EncodedModule, TiedHead
 from hf_slim.integration.transformers import SlimQuantizer
 
 ROOT = Path(__file__).resolve().parents[2]
-AUTO = dict.fromkeys(tiny.CAUSAL, AutoModelForCausalLM) | {
-    "bert": AutoModelForMaskedLM,
-    "bert_classifier": AutoModelForSequenceClassification,
-}
-METHODS = {
-    "rtn": ("quantize.rtn", {"bits": 4, "group_size": 16, "clip": "minmax", "embeddings": {"bits": 8}}),
-    "kmeans": ("share.kmeans", {"bits": 3, "scope": "tensor"}),
-    "unstructured": ("prune.magnitude", {"sparsity": 0.6}),
-    "2:4": ("prune.magnitude", {"pattern": "2:4"}),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 each_architecture = pytest.mark.parametrize("architecture", tiny.ALL)
 each_method = pytest.mark.parametrize("method", METHODS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids(), attention_mask=torch.ones_like(tiny.ids())).logits
-
-
-def compressed(architecture: str, method: str, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
-    address, defaults = METHODS[method]
-    model = tiny.ALL[architecture](dtype)
-    hf_slim.compress(model, address, **defaults | options)
-    return model
-
-
-def load(architecture: str, folder, **options) -> PreTrainedModel:
-    """Load a model, and insist that every tensor was there and none was left over."""
-    model, info = AUTO[architecture].from_pretrained(folder, output_loading_info=True, **options)
-    assert {name: found for name, found in info.items() if found} == {}
-    return model.eval()
-
-
-def encoded_names(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, EncodedModule)]
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -306,41 +270,6 @@ class _NoCard:
 
 
 @pytest.mark.parametrize(
-    ("error", "arguments", "options", "hint"),
-    [
-        (RecipeError, ["quantize.rtm"], {}, "did you mean 'quantize.rtn'?"),
-        (RecipeError, ["quantize.rtn"], {"bitz": 4}, "did you mean 'bits'?"),
-        (RecipeError, ["quantize.rtn"], {"bits": 99}, "at most 8"),
-        (PlanError, ["quantize.gptq"], {"bits": 4}, "hf_slim.compress(model, 'quantize.gptq', ...)"),
-        (PlanError, ["prune.magnitude"], {"scope": "global"}, "hf_slim.compress(model, 'prune.magnitude', ...)"),
-        (PlanError, ["prune.gradual"], {}, "hf_slim.compress"),
-        (PlanError, ["evaluate.perplexity"], {}, "hf_slim.compress"),
-        (PlanError, [], {"bits": 4}, "need a method"),
-        (ArtifactError, [], {"format": 2}, "upgrade hf_slim"),
-    ],
-)
-def test_a_config_is_checked_at_once(error, arguments, options, hint):
-    with pytest.raises(error) as caught:
-        hf_slim.SlimConfig(*arguments, **options)
-    assert hint in str(caught.value)
-
-
-def test_a_config_survives_json(tmp_path):
-    model = compressed("llama", "rtn")
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    read = AutoConfig.from_pretrained(tmp_path).quantization_config
-    assert (read if isinstance(read, dict) else read.to_dict()) == written
-    config = hf_slim.SlimConfig.from_dict(written)
-    assert config.to_dict() == written == model.config.quantization_config.to_dict()
-    assert len(config.encodings) == 2  # layers and embedding; descriptions are not repeated layer by layer
-    for name in encoded_names(model):
-        assert config.encoding_of(name) == model.get_submodule(name).encoding
-    asked = hf_slim.SlimConfig("quantize.rtn", bits=3, embeddings={"bits": 8})
-    assert hf_slim.SlimConfig.from_dict(json.loads(json.dumps(asked.to_dict()))).to_dict() == asked.to_dict()
-
-
-@pytest.mark.parametrize(
     ("architecture", "other"),
     [
         ("llama", AutoModel),
@@ -376,40 +305,6 @@ def test_a_base_model_goes_into_a_whole_one(tmp_path):
     with torch.no_grad():
         found = whole.model(input_ids=tiny.ids()).last_hidden_state
         assert torch.equal(found, plain(input_ids=tiny.ids()).last_hidden_state)
-
-
-def damage(folder: Path, change) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("change", "hint"),
-    [
-        (lambda q: q.update(format=7), "format 7"),
-        (lambda q: q["encodings"][0].update(kind="afine"), "did you mean 'affine'?"),
-        (lambda q: q["encodings"][0].update(grup_size=3), "did you mean 'group_size'?"),
-        (lambda q: q["modules"].update({"model.layers.0.mlp.up_prj": 0}), "up_prj"),
-        (lambda q: q["modules"].update({"model.layers.0.mlp.up_proj": 5}), "up_proj"),
-    ],
-)
-def test_a_damaged_config_is_named(change, hint, tmp_path):
-    compressed("llama", "rtn").save_pretrained(tmp_path)
-    damage(tmp_path, change)
-    with pytest.raises(ArtifactError) as caught:
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert hint in str(caught.value)
-
-
-def test_other_quantizers_are_left_alone():
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
-    assert AUTO_QUANTIZER_MAPPING["hf_slim"] is SlimQuantizer
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] is BitsAndBytesConfig
-    others = {k: v for k, v in AUTO_QUANTIZER_MAPPING.items() if k != "hf_slim"}
-    assert {"gptq", "awq", "compressed-tensors"} <= set(others)
-    assert not any(issubclass(quantizer, SlimQuantizer) for quantizer in others.values())
 
 
 def test_stages_on_top_of_each_other_are_one_artifact(tmp_path):
