@@ -20,6 +20,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.layers import plan_layers
 from hf_slim.core.method import Rules
 from hf_slim.core.model import ModelSource
+from hf_slim.core.precision import fast_dtype, in_dtype
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer
 from hf_slim.core.stage import StageList
@@ -65,15 +66,16 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     teacher = context.original if config.teacher is None else ModelSource(config.teacher).load()
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
-    metrics: dict[str, Any] = train(
-        model,
-        config,
-        context,
-        DistillationConfig,
-        partial(DistillationTrainer, teacher=teacher, callbacks=callbacks),
-        temperature=config.temperature,
-        alpha=config.alpha,
-        divergence=config.divergence,
-    )
+    with in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device)):
+        metrics: dict[str, Any] = train(
+            model,
+            config,
+            context,
+            DistillationConfig,
+            partial(DistillationTrainer, teacher=teacher, callbacks=callbacks),
+            temperature=config.temperature,
+            alpha=config.alpha,
+            divergence=config.divergence,
+        )
     rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
     return StageReport(layers=rows, metrics=metrics)
