@@ -1,7 +1,7 @@
 """Print the README's table of methods, or write it there.
 
-    python scripts/methods_table.py            # print
-    python scripts/methods_table.py --write    # put it between the markers in README.md
+python scripts/methods_table.py            # print
+python scripts/methods_table.py --write    # put it between the markers in README.md
 """
 
 from __future__ import annotations

@@ -128,10 +128,12 @@ class ModelSource:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config names, or the best `Auto` class when it names none."""
+    """The class that the config names; of a config that names none, as of a GGUF file, the causal language model."""
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
+    if not config.architectures and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     raise ModelError(
         f"model {config.name_or_path!r}: its config names no architecture that Transformers "
         f"{transformers.__version__} knows (got {config.architectures}); "
