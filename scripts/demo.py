@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 hf_slim.cache_decoded(model)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-question = [{"role": "user", "content": "In one sentence: why do people make language models smaller?"}]
+question = [{"role": "user", "content": "Write one sentence about the sea."}]
 prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip())
@@ -71,7 +71,7 @@ def main() -> None:
     out = default_cache() / "demo"
     print(f"compressing {model.name} with {RECIPE.relative_to(ROOT)}", flush=True)
     compress(model, out)
-    print("loaded by a fresh process, the compressed model says:", flush=True)
+    print("loaded by a fresh process and asked for one sentence about the sea, the compressed model says:", flush=True)
     print(f"  {talk(out)}")
     print(f"\nall of it took {time.perf_counter() - start:.0f} s")
 
