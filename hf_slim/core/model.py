@@ -92,7 +92,8 @@ class ModelSource:
         where = self.where()
         cls = model_class(self.load_config())
         try:
-            model, info = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True)
+            loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True)
+            model, info = loaded
         except SafetensorError as error:
             raise ModelError(f"model {self.name!r}: a weights file is damaged ({error}); download it again") from error
         except (OSError, ValueError, RuntimeError) as error:
@@ -133,7 +134,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     if not config.architectures and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        known: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        return known[type(config)]
     raise ModelError(
         f"model {config.name_or_path!r}: its config names no architecture that Transformers "
         f"{transformers.__version__} knows (got {config.architectures}); "

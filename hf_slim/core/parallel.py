@@ -13,7 +13,7 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """Where this process computes: its accelerator, or the CPU."""
-    return PartialState().device
+    return torch.device(PartialState().device or "cpu")
 
 
 def wait_for_all() -> None:
