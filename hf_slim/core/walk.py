@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from hf_slim.core.blocks import BlockStore
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
+from hf_slim.core.forward import device_of, evaluating
 from hf_slim.core.layers import Encoded, put_layer
-from hf_slim.core.precision import fast_dtype, in_dtype
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, find_stacks
 
@@ -89,7 +89,7 @@ def walk(
     store = BlockStore(context.blocks)
     todo = {layer.name: layer for layer in layers}
     rows: list[LayerReport] = []
-    with _evaluating(model), in_dtype(model, fast_dtype(_dtype(model), _device(model))):
+    with evaluating(model):
         for stack in find_stacks(model):
             wanted = {b: [n for n in todo if n.startswith(f"{b}.")] for b in stack.blocks}
             if not any(wanted.values()):
@@ -332,23 +332,4 @@ def _forward(model: nn.Module, ids: Tensor) -> None:
     """One pass without a cache (blocks run again and again) and, where possible, without computing all logits."""
     accepted = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in accepted else {}
-    model(input_ids=ids.to(_device(model)), **options)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(iter(model.parameters())).device
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(iter(model.parameters())).dtype
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    model(input_ids=ids.to(device_of(model)), **options)

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError
+from hf_slim.core.forward import evaluating, logits_of, require_context, standard_error
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
-from hf_slim.evaluation.forward import evaluating, logits_of, require_context, standard_error
 
 CHUNK = 128  # rows whose float32 distributions exist at a time: 25 MB each at a vocabulary of 49,152
 

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError
+from hf_slim.core.forward import accepts, device_of, evaluating, is_causal, require_context
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.encodings.modules import cache_decoded
-from hf_slim.evaluation.forward import accepts, device_of, evaluating, is_causal, require_context
 
 RULES = Rules(needs=("original",), preserves=("zeros", "codes"))
 

@@ -6,9 +6,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_slim.core.forward import is_causal
 from hf_slim.core.size import count_weights, stored_bytes
 from hf_slim.evaluation.agreement import agreement
-from hf_slim.evaluation.forward import is_causal
 from hf_slim.evaluation.latency import latency
 from hf_slim.evaluation.perplexity import perplexity
 

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.data import tokens_from
+from hf_slim.core.forward import evaluating, logits_of, require_causal, require_context, standard_error
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
-from hf_slim.evaluation.forward import evaluating, logits_of, require_causal, require_context, standard_error
 
 CHUNK = 128  # positions whose float32 logits exist at a time: 25 MB at a vocabulary of 49,152
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import hf_slim
+from hf_slim.core import forward
 from hf_slim.core import walk as walking
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
@@ -183,7 +184,7 @@ def test_no_windows_is_an_error():
 
 @pytest.mark.parametrize("failing", [False, True], ids=["finished", "failed"])
 def test_computing_in_float32_leaves_no_trace(monkeypatch, failing):
-    monkeypatch.setattr(walking, "fast_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(forward, "fast_dtype", lambda dtype, device: torch.float32)
     model = tiny.llama(torch.bfloat16).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     seen = []
