@@ -13,14 +13,57 @@ A method is a module, found by its address: `quantize.gptq` is `hf_slim/quantiza
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+
+from hf_slim.core.explain import InnerError
+
+if TYPE_CHECKING:
+    from hf_slim.core.select import Layer
+
+
+C = TypeVar("C", bound="MethodConfig")
 
 
 class MethodConfig(BaseModel):
-    """Options of a method: closed (an unknown key is an error) and frozen."""
+    """Options of a method: closed (an unknown key is an error) and frozen.
+
+    `layers: {"*.down_proj": {bits: 8}, first: {bits: 8}}` gives some layers options of their own, of those that the
+    class names in `per_layer`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    per_layer: ClassVar[tuple[str, ...]] = ()
+
+    def at(self: C, layer: Layer) -> C:
+        """The options as they hold for one layer."""
+        options = self._overrides_for(layer)
+        return type(self).model_validate(self._common() | options) if options else self
+
+    @model_validator(mode="after")
+    def _check_overrides(self: C) -> C:
+        layers: Any = getattr(self, "layers", None)
+        overrides = {} if layers is None else {"first": layers.first, "last": layers.last} | layers.overrides
+        overrides = {pattern: options for pattern, options in overrides.items() if options}
+        known = type(self).model_fields
+        fixed = sorted({key for options in overrides.values() for key in options if key in known} - {*self.per_layer})
+        if fixed:
+            can = ", ".join(self.per_layer) or "none"
+            raise ValueError(f"layers: {', '.join(fixed)} cannot differ from layer to layer; what can: {can}")
+        try:
+            TypeAdapter(dict[str, type(self)]).validate_python({p: self._common() | o for p, o in overrides.items()})
+        except ValidationError as error:
+            raise InnerError(("layers",), type(self), error) from None
+        return self
+
+    def _overrides_for(self, layer: Layer) -> dict[str, Any]:
+        layers: Any = getattr(self, "layers", None)
+        return {} if layers is None else layers.options_of(layer)
+
+    def _common(self) -> dict[str, Any]:
+        """The options that hold for all layers, as they were given."""
+        return {key: getattr(self, key) for key in self.model_fields_set if key != "layers"}
 
 
 @dataclass(frozen=True)

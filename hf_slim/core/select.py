@@ -8,13 +8,13 @@ them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,11 +26,14 @@ Kind = Literal["linear", "head", "embedding"]
 
 
 class Select(BaseModel):
-    """Layers by name.
+    """Layers by name, and options that hold for some of them only.
 
     Args:
         include: patterns of names to work on; None for every linear layer inside the model's blocks.
         exclude: patterns of names to leave alone.
+        first, last: options for the layers of the first and the last block of every stack.
+        overrides: {pattern: options}. In a recipe they stand beside the other keys, `"*.down_proj": {bits: 8}`: a key
+            with a mapping is a pattern. Where several match, the later one wins, and any wins over first and last.
 
     A pattern (`*`, `?`, `[abc]`) matches a full name or the end of one after a dot, as PEFT's target_modules do:
     "q_proj" and "layers.0.*" both work. A pattern that matches nothing is an error.
@@ -40,6 +43,37 @@ class Select(BaseModel):
 
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    overrides: dict[str, dict[str, Any]] = Field(default={}, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_overrides(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        patterns = {k: v for k, v in data.items() if isinstance(v, Mapping) and k not in cls.model_fields}
+        if not patterns:
+            return data
+        rest = {k: v for k, v in data.items() if k not in patterns}
+        return rest | {"overrides": dict(rest.get("overrides", {})) | patterns}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        fields = ("include", "exclude", "first", "last")
+        written = {k: getattr(self, k) for k in fields if getattr(self, k) not in (None, (), {})}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in written.items()} | self.overrides
+
+    def options_of(self, layer: Layer) -> dict[str, Any]:
+        """What differs for this layer."""
+        options: dict[str, Any] = {}
+        if layer.place is not None:
+            number, count = layer.place
+            options |= (self.first if number == 0 else {}) | (self.last if number == count - 1 else {})
+        for pattern, override in self.overrides.items():
+            if matches(layer.name, pattern):
+                options |= override
+        return options
 
 
 @dataclass(frozen=True)
@@ -52,6 +86,8 @@ class Layer:
         encoding: how its weight is stored by now; None for dense.
         tied_to: name of the layer that owns the weight, when it is shared.
         survivors: weights that pruning left, None when not pruned.
+        place: number of its block in the stack, from 0, and how many blocks that has; None outside of blocks.
+        routed: it belongs to an expert, and sees only the tokens that a router sends there.
     """
 
     name: str
@@ -63,6 +99,8 @@ class Layer:
     encoding: Encoding | None = None
     tied_to: str | None = None
     survivors: int | None = None
+    place: tuple[int, int] | None = None
+    routed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +136,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Every layer that hf_slim can work on, by name, in the model's order. Works on the meta device too."""
-    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    places = {b: (i, len(stack.blocks)) for stack in find_stacks(model) for i, b in enumerate(stack.blocks)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     table = getattr(model, "get_input_embeddings", lambda: None)()
     owner = _owners(model)
@@ -111,8 +149,9 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             kind = "head" if module is head else "linear"
         else:
             continue
-        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
-        layers[name] = _describe(name, module, kind, block, owner.get(name))
+        block = next((b for b in places if name.startswith(f"{b}.")), None)
+        layer = _describe(name, module, kind, block, owner.get(name))
+        layers[name] = dataclasses.replace(layer, place=None if block is None else places[block])
     return layers
 
 
@@ -130,9 +169,16 @@ def select_layers(layers: dict[str, Layer], select: Select, kinds: Sequence[Kind
         for pattern in patterns
         if not any(matches(name, pattern) for name in names)
     ]
+    chosen = [layer for layer in candidates if layer.tied_to is None and _chosen(layer, select)]
+    problems += [
+        f"layers: {pattern!r} matches none of the layers to compress; "
+        + nearest(pattern, _shapes_of_names([layer.name for layer in chosen]))
+        for pattern in select.overrides
+        if not any(matches(layer.name, pattern) for layer in chosen)
+    ]
     if problems:
         raise PlanError(problems)
-    return [layer for layer in candidates if layer.tied_to is None and _chosen(layer, select)]
+    return chosen
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -255,7 +255,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
 
     def solve(statistics: Mapping[str, Statistics]) -> dict[str, Solution]:
         found: dict[str, Solution] = {}
-        for names in _fed_alike(statistics):
+        for names in _solved_together(statistics, layers, config):
             H = statistics[names[0]].hessian
             found |= _solve(model, [layers[name] for name in names], H, config)
         return found
@@ -264,16 +264,18 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     return StageReport(layers=rows, notes=[f"{row.name}: {note}" for row in rows for note in row.notes])
 
 
-def _fed_alike(statistics: Mapping[str, Statistics]) -> list[list[str]]:
-    """Names of layers with the same input, together."""
-    groups: dict[int, list[str]] = {}
+def _solved_together(
+    statistics: Mapping[str, Statistics], layers: Mapping[str, Layer], config: Config
+) -> list[list[str]]:
+    """Names of layers with the same input and the same options, together."""
+    groups: dict[str, list[str]] = {}
     for name, known in statistics.items():
-        groups.setdefault(id(known.hessian), []).append(name)
+        groups.setdefault(f"{id(known.hessian)} {config.at(layers[name])!r}", []).append(name)
     return list(groups.values())
 
 
 def _solve(model: nn.Module, layers: list[Layer], H: Tensor, config: Config) -> dict[str, Solution]:
-    """Solve layers with the same input in one go, stacked along their rows; the error reported is their common one."""
+    """Solve layers with the same input and options in one go, stacked along their rows; their error is a common one."""
     modules = [model.get_submodule(layer.name) for layer in layers]
     weights, masks = [get_weight(m) for m in modules], [get_keep(m) for m in modules]
     try:
@@ -289,7 +291,8 @@ def _solve(model: nn.Module, layers: list[Layer], H: Tensor, config: Config) -> 
         full = [torch.ones_like(W, dtype=torch.bool) for W in weights]
         keep = torch.cat([f if mask is None else mask for mask, f in zip(masks, full, strict=True)])
     W = torch.cat(weights).float()
-    grid = (config.bits, config.group_size, config.symmetric, config.clip)
+    here = config.at(layers[0])
+    grid = (here.bits, here.group_size, here.symmetric, here.clip)
     codes, scales, zeros, measured = quantize(W, H, *grid, block=config.block, keep=keep, shared=shared)
     found, start = {}, 0
     notes = (f"damping raised to {shared.damping:g}",) if shared.damping > config.damping else ()

@@ -10,6 +10,8 @@ W [rows, cols]; codes [rows, cols]; scales and zeros [rows, ceil(cols / group_si
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Bool, Float, UInt8
 from pydantic import Field
@@ -40,6 +42,8 @@ class Embeddings(MethodConfig):
 
 class Config(MethodConfig):
     """Options of `quantize.rtn`."""
+
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "clip")
 
     bits: int = Field(4, ge=2, le=8, description="bits a code takes")
     group_size: int | None = Field(64, ge=1, description="columns that share a scale; null for one scale a row")
@@ -73,7 +77,7 @@ def quantize(
 
 def encoding(layer: Layer, config: Config) -> Affine:
     """How a layer will be stored."""
-    chosen = config
+    chosen = config.at(layer)
     if layer.kind == "embedding" and config.embeddings is not None:
         chosen = config.embeddings
     return Affine(
@@ -86,11 +90,11 @@ def encoding(layer: Layer, config: Config) -> Affine:
 
 def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
     """Quantize one weight."""
-    stored = encoding(layer, config)
+    stored, clip = encoding(layer, config), config.at(layer).clip
     chunk = max(1, _CHUNK // W.shape[1])
     masks = [None] * len(W.split(chunk)) if keep is None else keep.split(chunk)
     parts = [
-        quantize(part, stored.bits, stored.group_size, stored.symmetric, config.clip, mask)
+        quantize(part, stored.bits, stored.group_size, stored.symmetric, clip, mask)
         for part, mask in zip(W.split(chunk), masks, strict=True)
     ]
     codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -32,7 +32,7 @@ Time O(n log n + K R^2 log(n / K)) a book, memory O(n + K R^2).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -88,6 +88,8 @@ class Config(MethodConfig):
         error          0.00784  0.00904  0.00992  0.01064  0.01128  0.01247  0.01431
         at 4 bits      0.01235  0.01134  0.01111  0.01126  0.01160  0.01256  0.01432
     """
+
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "scope")
 
     bits: int = Field(4, ge=1, le=8)
     scope: Scope = 4
@@ -388,7 +390,8 @@ def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books
 
 def encoding(layer: Layer, config: Config) -> Codebook:
     """How a layer will be stored."""
-    bits, scope = config.bits, config.scope
+    here = config.at(layer)
+    bits, scope = here.bits, here.scope
     if layer.kind == "embedding" and config.embeddings is not None:
         bits, scope = config.embeddings.bits, "tensor"
     rows_per_book = {"tensor": None, "row": 1}.get(scope, scope) if isinstance(scope, str) else scope

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import hf_slim
-from hf_slim.core.errors import PlanError
+from hf_slim.core.errors import PlanError, RecipeError
 from hf_slim.core.select import Layer, Select, find_layers, find_stacks, matches, select_layers
 from hf_slim.core.size import count_weights, stored_bytes
+from hf_slim.core.stage import make_stage
 from hf_slim.encodings import Affine
 
 STACKS = {
@@ -243,3 +244,57 @@ def test_pruned_layers_know_their_survivors():
     assert layer.survivors == 72 * 40 // 4
     assert layer.encoded(Affine(bits=4)).survivors is None
     assert layer.encoded(Affine(bits=4, survivors=720)).survivors == 720
+
+
+def test_options_by_pattern_win_over_first_and_last_and_the_later_over_the_earlier():
+    layers = find_layers(tiny.llama(layers=3))
+    written = {"first": {"bits": 8}, "last": {"bits": 6}, "mlp.*": {"bits": 3}, "down_proj": {"group_size": 8}}
+    config = make_stage("quantize.rtn", {"bits": 4, "group_size": 16, "layers": written}).options
+
+    def options(block: int, name: str) -> tuple[int, int]:
+        here = config.at(layers[f"model.layers.{block}.{name}"])
+        return here.bits, here.group_size
+
+    assert [options(block, "self_attn.q_proj") for block in range(3)] == [(8, 16), (4, 16), (6, 16)]
+    assert [options(block, "mlp.up_proj") for block in range(3)] == [(3, 16)] * 3
+    assert options(1, "mlp.down_proj") == (3, 8)
+    assert config.at(layers["lm_head"]) is config
+
+
+def test_options_by_pattern_are_written_as_they_were_read():
+    written = {"exclude": ["lm_head"], "first": {"bits": 8}, "*.down_proj": {"bits": 3}}
+    stage = make_stage("quantize.gptq", {"layers": written})
+    assert stage.options.model_dump(mode="json", exclude_defaults=True) == {"layers": written}
+    assert make_stage("quantize.gptq", stage.options.model_dump(mode="json")).options == stage.options
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"down_proj": {"bit": 8}}, "unknown key 'bit'; did you mean 'bits'"),
+        ({"down_proj": {"bits": 99}, "first": {"bits": 1}}, "99 is too large"),
+        ({"down_proj": {"damping": 0.1}}, "damping cannot differ from layer to layer"),
+        ({"exlude": ["down_proj"]}, "did you mean 'exclude'"),
+        ({"down_proj": {"layers": {"first": {"bits": 8}}}}, "layers cannot differ"),
+    ],
+)
+def test_wrong_options_by_pattern_are_refused(written, message):
+    with pytest.raises(RecipeError, match=message):
+        make_stage("quantize.gptq", {"layers": written})
+
+
+@pytest.mark.parametrize("layers", [{"dwon_proj": {"bits": 8}}, {"exclude": ["down_proj"], "down_proj": {"bits": 8}}])
+def test_a_pattern_with_options_that_matches_no_chosen_layer_is_refused(layers):
+    with pytest.raises(PlanError, match="matches none of the layers to compress"):
+        hf_slim.compress(tiny.llama(), "quantize.rtn", layers=layers, group_size=8)
+
+
+@pytest.mark.parametrize("method", ["quantize.rtn", "quantize.gptq", "share.kmeans"])
+def test_layers_are_stored_with_their_own_bits(method):
+    model = tiny.llama()
+    data = {} if method != "quantize.gptq" else {"data": tiny.ids()}
+    grouped = {} if method == "share.kmeans" else {"group_size": 8}
+    hf_slim.compress(model, method, bits=4, layers={"first": {"bits": 6}, "k_proj": {"bits": 3}}, **grouped, **data)
+    stored = {name: layer.encoding.bits for name, layer in find_layers(model).items() if layer.encoding}
+    for name, bits in stored.items():
+        assert bits == (3 if name.endswith("k_proj") else 6 if ".layers.0." in name else 4), name
