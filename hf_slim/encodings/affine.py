@@ -2,9 +2,13 @@
 
 W[r, c] = (codes[r, c] - zeros[r, g]) * scales[r, g],  g = c // group_size;  the last group of a row may be shorter.
 
-Zero is on every grid, so weights that pruning set to zero stay zero. Stored bits a weight: `bits`, plus 16 / group_size
-for the scale, plus bits / group_size for the zero point when asymmetric; a row's codes and its zero points each fill
-whole bytes. Of a pruned weight only the survivors' codes are stored, beside a bit mask.
+Zero is on every grid, so weights that pruning set to zero stay zero. Centered grids of 1 or 2 bits are an exception,
+
+    W[r, c] = (codes[r, c] - (2**bits - 1) / 2) * scales[r, g],
+
+where a level for zero would cost most; a pruned weight is then one whose code is not stored. Stored bits a weight:
+`bits`, plus 16 / group_size for the scale, plus bits / group_size for the zero point when asymmetric; a row's codes and
+its zero points each fill whole bytes. Of a pruned weight only the survivors' codes are stored, beside a bit mask.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hf_slim.encodings.base import DTYPES, Encoding, TensorSpec
@@ -30,6 +34,7 @@ class Affine(Encoding):
         symmetric: the zero point is fixed at 2**(bits - 1) and not stored.
         scale_dtype: stored dtype of the scales.
         survivors: weights that pruning left, when only their codes are stored.
+        centered: levels lie evenly around zero, which is none of them; symmetric grids of 1 or 2 bits only.
     """
 
     kind: Literal["affine"] = "affine"
@@ -38,6 +43,13 @@ class Affine(Encoding):
     symmetric: bool = False
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     survivors: int | None = Field(default=None, ge=0)
+    centered: bool = False
+
+    @model_validator(mode="after")
+    def _centered_is_small(self) -> Affine:
+        if self.centered and not (self.symmetric and self.bits <= 2):
+            raise ValueError("centered grids are symmetric and have 1 or 2 bits: set symmetric=True, bits=2")
+        return self
 
     def groups(self, cols: int) -> int:
         """Groups a row."""
@@ -78,15 +90,16 @@ class Affine(Encoding):
 
     def describe(self) -> str:
         group = "row" if self.group_size is None else f"g{self.group_size}"
+        grid = " centered" if self.centered else " sym" if self.symmetric else ""
         sparse = "" if self.survivors is None else " sparse"
-        return f"{self.bits}-bit {group}{' sym' if self.symmetric else ''}{sparse}"
+        return f"{self.bits}-bit {group}{grid}{sparse}"
 
     def _dequantize(self, codes: UInt8[Tensor, "rows cols"], tensors: dict[str, Tensor]) -> Float[Tensor, "rows cols"]:
         rows, cols = codes.shape
         scales = tensors["scales"].float()
         groups = self.groups(cols)
         if self.symmetric:
-            zeros = torch.full_like(scales, 2 ** (self.bits - 1))
+            zeros = torch.full_like(scales, (2**self.bits - 1) / 2 if self.centered else 2 ** (self.bits - 1))
         else:
             zeros = unpack(tensors["zeros"], self.bits, groups).float()
         size = self.group_size or cols

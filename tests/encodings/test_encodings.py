@@ -11,6 +11,7 @@ from reference import encodings as oracle
 
 from hf_slim.core.errors import ArtifactError
 from hf_slim.encodings import KINDS, Affine, Codebook, Sparse, read_encoding
+from hf_slim.encodings.codes import load_codes
 
 ROWS, COLS = 6, 40
 SHARES = (None, 1.0, 0.5, 0.0)  # of weights that pruning left; None: not pruned
@@ -38,6 +39,15 @@ def affine(bits: int, group_size: int | None, symmetric: bool, share: float | No
         zeros.fill_(2 ** (bits - 1))
     tensors = encoding.pack(codes, scales, zeros, keep)
     return encoding, tensors, oracle.affine(codes.numpy(), scales.numpy(), zeros.numpy(), group_size, keep)
+
+
+def centered(bits: int, group_size: int | None, share: float | None):
+    """As above, with levels at odd multiples of half a scale."""
+    plain, tensors, _ = affine(bits, group_size, True, share)
+    encoding = plain.model_copy(update={"centered": True})
+    codes, keep = load_codes(tensors, bits, ROWS, COLS, plain.survivors)
+    odd, half = 2 * codes.numpy().astype(int) - (2**bits - 1), tensors["scales"].numpy() / 2
+    return encoding, tensors, oracle.affine(odd, half, np.zeros(half.shape), group_size, keep)
 
 
 def codebook(bits: int, rows_per_book: int | None, share: float | None, shape=(ROWS, COLS)):
@@ -68,6 +78,8 @@ def sparse(share: float, dtype: torch.dtype, shape=(ROWS, COLS)):
 CASES = {
     **{f"affine-{bits}-{size}-{share}": affine(bits, size, bits % 2 == 0, share)
        for bits in range(1, 9) for size in (None, 16, 64) for share in SHARES},
+    **{f"centered-{bits}-{size}-{share}": centered(bits, size, share)
+       for bits in (1, 2) for size in (None, 16) for share in SHARES},
     **{f"codebook-{bits}-{book}-{share}": codebook(bits, book, share)
        for bits in range(1, 9) for book in (None, 1, 4) for share in SHARES},
     **{f"sparse-{share}-{dtype}": sparse(share, dtype)
@@ -169,6 +181,8 @@ def test_sparse_gradients_reach_the_survivors():
         ({"kind": "affine", "bits": 4, "group_sise": 64}, "did you mean 'group_size'?"),
         ({"kind": "affine", "bits": 9}, "bits"),
         ({"kind": "affine"}, "bits"),
+        ({"kind": "affine", "bits": 3, "symmetric": True, "centered": True}, "1 or 2 bits"),
+        ({"kind": "affine", "bits": 2, "centered": True}, "centered grids are symmetric"),
         ({"kind": "codebook", "bits": 2, "clusters": 5}, "clusters"),
     ],
 )
