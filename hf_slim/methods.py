@@ -17,6 +17,7 @@ FAMILIES = {
     "share": "sharing",
     "quantize": "quantization",
     "evaluate": "evaluation",
+    "export": "export",
 }
 
 
@@ -40,6 +41,16 @@ def find_method(address: str) -> ModuleType:
         raise RecipeError(f"unknown method {address!r}; {nearest(address, known)}")
     family, name = address.split(".")
     return importlib.import_module(f"hf_slim.{FAMILIES[family]}.{name}")
+
+
+def changes_model(address: str) -> bool:
+    """Whether a method makes another model of it; evaluations and exports only look."""
+    return address.split(".")[0] not in ("evaluate", "export")
+
+
+def is_export(address: str) -> bool:
+    """Whether a method writes the model down in another format."""
+    return address.split(".")[0] == "export"
 
 
 def summary(method: ModuleType) -> str:

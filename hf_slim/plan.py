@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from hf_slim.core.errors import PlanError
 from hf_slim.core.layers import plan_layers
@@ -17,7 +20,7 @@ from hf_slim.core.model import ModelSource
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.size import count_weights, stored_bytes
 from hf_slim.core.stage import Stage
-from hf_slim.methods import find_method
+from hf_slim.methods import changes_model, find_method, is_export
 from hf_slim.recipe import Recipe
 
 ROLES = ("calibration", "train", "held_out")
@@ -112,48 +115,87 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
     skeleton = source.skeleton()
     layers = find_layers(skeleton)
     other = stored_bytes(skeleton) - sum(layer.nbytes for layer in layers.values())
-    problems, stages = order_problems(recipe.stages), []
+    problems, stages, notes = order_problems(recipe.stages) + place_problems(recipe.stages), [], []
     current = dict(layers)
     for number, stage in enumerate(recipe.stages, 1):
         try:
-            changed = plan_stage(current, stage)
+            changed = plan_stage(current, stage, skeleton.config)
         except PlanError as error:
             problems += [f"stage {number}, {stage.method}: {problem}" for problem in error.problems]
             changed = {}
         current |= changed
         stages.append(StagePlan(stage, changed, _memory(stage, current, other)))
+        if is_export(stage.method):
+            found = find_method(stage.method).notes(current, stage.options, skeleton.config)
+            notes += [f"stage {number}, {stage.method}: {note}" for note in found]
     if problems:
         raise PlanError(problems)
-    return Plan(
-        recipe, source, layers, other, count_weights(skeleton), tuple(stages), tuple(_notes(stages, recipe.stages))
-    )
+    notes = (*_notes(stages, recipe.stages), *notes)
+    return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), notes)
 
 
-def plan_stage(layers: dict[str, Layer], stage: Stage) -> dict[str, Layer]:
+def plan_stage(layers: dict[str, Layer], stage: Stage, model_config: PretrainedConfig) -> dict[str, Layer]:
     """The layers that a stage changes, as they will be after it.
+
+    Args:
+        layers: as they are before it.
+        model_config: of the model that they belong to; an export's format may not know its kind.
 
     Raises:
         PlanError: what this stage cannot do.
     """
     method, config = find_method(stage.method), stage.options
+    if is_export(stage.method):
+        if problems := method.problems(layers, config, model_config):
+            raise PlanError(problems)
+        return {}
     if hasattr(method, "encoding"):
         return plan_layers(layers, method, config)
     return method.plan(layers, config) if hasattr(method, "plan") else {}
 
 
 def order_problems(stages: tuple[Stage, ...]) -> list[str]:
-    """Stages that would undo what an earlier one made."""
+    """Stages that would undo what an earlier one made, or change a model that has been exported."""
     problems = []
     made: dict[str, tuple[int, str]] = {}
     for number, stage in enumerate(stages, 1):
         rules = find_method(stage.method).RULES
         for what, (earlier, maker) in made.items():
-            if what not in rules.preserves:
+            if what not in rules.preserves and not is_export(stage.method):
                 problems.append(
                     f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
                     f"{_LOSSES.get(what, what)}; put {stage.method} before {maker}"
                 )
         made |= dict.fromkeys(_makes(stage), (number, stage.method))
+        later = [(n, s.method) for n, s in enumerate(stages[number:], number + 1) if changes_model(s.method)]
+        if is_export(stage.method) and later:
+            problems.append(
+                f"stage {number}, {stage.method}, would write the model as it is before stage {later[-1][0]}, "
+                f"{later[-1][1]}; put {stage.method} after {later[-1][1]}"
+            )
+    return problems
+
+
+def place_problems(stages: tuple[Stage, ...]) -> list[str]:
+    """Exports that would leave the artifact's folder, or overwrite one another."""
+    problems = []
+    taken: dict[PurePosixPath, int] = {}
+    for number, stage in enumerate(stages, 1):
+        if not is_export(stage.method):
+            continue
+        to = PurePosixPath(stage.options.to)  # pyright: ignore[reportAttributeAccessIssue]
+        if to.is_absolute() or ".." in to.parts or not to.parts:
+            problems.append(
+                f"stage {number}, {stage.method}: to: {str(to)!r} leads out of the artifact; "
+                "give a name, it is taken below its folder 'exports'"
+            )
+        for other, earlier in taken.items():
+            if to == other or to in other.parents or other in to.parents:
+                problems.append(
+                    f"stage {number}, {stage.method}: to: {str(to)!r} would overwrite what stage {earlier} writes to "
+                    f"{str(other)!r}; give it another name"
+                )
+        taken[to] = number
     return problems
 
 
@@ -194,7 +236,7 @@ def _notes(plans: list[StagePlan], stages: tuple[Stage, ...]) -> list[str]:
                 f"stage {number}, {plan.stage.method}, may need {plan.memory / 2**30:.1f} GiB; "
                 f"this machine has {available / 2**30:.1f} GiB"
             )
-    compressing = [i for i, s in enumerate(stages) if not s.method.startswith("evaluate.")]
+    compressing = [i for i, s in enumerate(stages) if changes_model(s.method)]
     if any(s.method.startswith("evaluate.") for s in stages[: compressing[-1] if compressing else 0]):
         notes.append("an evaluate stage stands before the last compressing stage: it does not measure the final model")
     return notes

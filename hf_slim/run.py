@@ -33,6 +33,7 @@ from hf_slim.core.report import RunReport
 from hf_slim.core.select import find_layers
 from hf_slim.export.artifact import read_report, write_artifact
 from hf_slim.export.workspace import Workspace, disk_errors
+from hf_slim.methods import changes_model
 from hf_slim.plan import Plan, make_plan
 from hf_slim.recipe import Recipe
 
@@ -113,6 +114,7 @@ def _run_stages(
         windows=_by_role(windows),
         load_original=lambda: plan.source.load().to(device()),
         progress=progress,
+        out=workspace.exports,
     )
     for number, planned in enumerate(plan.stages, 1):
         if number <= done:
@@ -122,9 +124,8 @@ def _run_stages(
         folder = workspace.stage_folder(number)
         context.blocks, context.work = folder / "blocks", folder / "training"
         report = run_stage(model, planned.stage, context)
-        changes = not planned.stage.method.startswith("evaluate.")
         context.release_original()
-        workspace.finish_stage(number, report, model if changes else None)
+        workspace.finish_stage(number, report, model if changes_model(planned.stage.method) else None)
     return model
 
 

@@ -28,6 +28,8 @@ class Context:
         blocks: where the walk keeps finished blocks, so that a killed run goes on from there; None for nowhere.
         work: a folder for a stage's own files (trainer checkpoints), kept until the stage is done; None for a
             temporary one.
+        out: folder that exports are written below, over what is there; None in a script, where they go where they are
+            told and nothing is written over.
     """
 
     seed: int = 0
@@ -37,6 +39,7 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     blocks: Path | None = None
     work: Path | None = None
+    out: Path | None = None
 
     def tokens(self, role: str) -> Tensor:
         """Token windows [samples, length] of a role.

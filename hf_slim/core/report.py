@@ -46,6 +46,7 @@ class StageReport(BaseModel):
         peak_memory: highest resident memory of the process so far, bytes.
         layers: one row a compressed layer.
         metrics: what an evaluation or training stage measured.
+        files: what an export wrote, as paths below the artifact's folder for exports.
         notes: warnings, fallbacks.
     """
 
@@ -57,6 +58,7 @@ class StageReport(BaseModel):
     peak_memory: int = 0
     layers: list[LayerReport] = []
     metrics: Json = {}
+    files: list[str] = []
     notes: list[str] = []
 
 

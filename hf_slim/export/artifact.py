@@ -3,6 +3,7 @@
 config.json          quantization_config.quant_method is "hf_slim"
 model.safetensors    stored tensors; none is called `weight` where a layer is encoded
 tokenizer files
+exports/             the same model in formats of other programs, where the recipe has export stages
 slim.json            recipe, plan, versions, seeds, fingerprints of model and data, the measured report
 README.md            model card: the table, the recipe, the command that reproduces it
 """
@@ -22,6 +23,7 @@ from hf_slim.core.errors import ArtifactError
 from hf_slim.core.report import RunReport, Size, StageReport
 from hf_slim.core.size import stored_bytes
 from hf_slim.export.card import model_card
+from hf_slim.export.files import EXPORTS
 from hf_slim.plan import Plan
 
 REPORT = "slim.json"
@@ -50,7 +52,8 @@ def write_artifact(
         stages=stages,
     )
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
-    report.files = sorted([p.name for p in folder.iterdir()] + [REPORT])
+    exported = [f"{EXPORTS}/{name}" for stage in stages for name in stage.files]
+    report.files = sorted([p.name for p in folder.iterdir()] + [REPORT] + exported)
     (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
     return report
 

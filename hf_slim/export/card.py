@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_slim.core.report import RunReport
 from hf_slim.export.table import stage_seconds, summary
+from hf_slim.methods import changes_model
 from hf_slim.recipe import Recipe
 
 
@@ -18,7 +19,7 @@ def model_card(report: RunReport) -> str:
             "",
             f"# {_short_name(report.model)}, made smaller with hf_slim",
             "",
-            f"`{report.model}` after {', '.join(f'`{s.method}`' for s in recipe.stages if _compresses(s.method))}.",
+            f"`{report.model}` after {', '.join(f'`{s.method}`' for s in recipe.stages if changes_model(s.method))}.",
             "",
             *_table(report),
             "",
@@ -70,10 +71,6 @@ def _provenance(report: RunReport) -> list[str]:
 
 def _short_name(model: str) -> str:
     return Path(model).name
-
-
-def _compresses(method: str) -> bool:
-    return not method.startswith("evaluate.")
 
 
 def _is_causal(report: RunReport) -> bool:

@@ -2,6 +2,7 @@
 
     OUT/.slim/manifest.json    what the run was made from, and the report of every finished stage
     OUT/.slim/model-N/         the model after stage N (the last one only)
+    OUT/.slim/exports/         what finished export stages wrote
     OUT/.slim/stage-N/         files of the stage that is running: finished blocks, trainer checkpoints
 
 Every step ends with an atomic replacement of the manifest; what it does not name does not count. When all stages are
@@ -16,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +27,7 @@ from hf_slim.core.files import write_text
 from hf_slim.core.parallel import is_main, wait_for_all
 from hf_slim.core.report import RunReport, StageReport
 from hf_slim.export.artifact import REPORT, read_report
+from hf_slim.export.files import EXPORTS
 
 WORK = ".slim"
 MANIFEST = "manifest.json"
@@ -150,11 +152,17 @@ class Workspace:
     def _remove(self) -> None:
         for name in _own_files(self.work / OLD):
             (self.out / name).unlink(missing_ok=True)
+            _remove_emptied(self.out, (self.out / name).parent)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def stage_folder(self, number: int) -> Path:
         """Where stage `number` keeps its own files while it runs."""
         return self.work / f"stage-{number}"
+
+    @property
+    def exports(self) -> Path:
+        """Where export stages write until the artifact is published."""
+        return self.work / EXPORTS
 
     def finish_stage(self, number: int, report: StageReport, model: Any = None) -> None:
         """Note a finished stage; with a model, keep the model as it is after it."""
@@ -176,6 +184,10 @@ class Workspace:
 
     def publish(self, staged: Path) -> None:
         """Move the staged artifact into place, `slim.json` last: a folder with it is complete."""
+        for file in [file for file in self.exports.rglob("*") if file.is_file()]:
+            target = self.out / EXPORTS / file.relative_to(self.exports)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
         names = sorted(p.name for p in staged.iterdir())
         for name in [n for n in names if n != REPORT] + [REPORT]:
             os.replace(staged / name, self.out / name)
@@ -231,12 +243,24 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 def _own_files(report: Path) -> list[str]:
-    """Names of an artifact's files, as its `slim.json` lists them; none when there is none, or a damaged one."""
+    """Paths of an artifact's files, as its `slim.json` lists them; none when there is none, or a damaged one."""
     try:
         names = json.loads(report.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [name for name in names if name == os.path.basename(name)]
+    return [name for name in names if name == os.path.basename(name) or _is_export(name)]
+
+
+def _is_export(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.parts[:1] == (EXPORTS,) and ".." not in path.parts
+
+
+def _remove_emptied(out: Path, folder: Path) -> None:
+    """Remove a folder of exports, and those it lay in, once nothing is left in it."""
+    while folder != out and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _short(value: Any) -> str:
