@@ -56,7 +56,7 @@ def compress(
     """
     stage = make_stage(method, options)
     layers = find_layers(model)
-    plan_stage(layers, stage, model.config)
+    plan_stage(layers, stage, model)
     _check_needs(method, data, original)
     check_weights(model, [layer for layer in layers.values() if layer.tied_to is None])
     windows = None if data is None else tokens_from(data, tokenizer, length, samples, seed).ids

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from hf_slim.core.errors import PlanError
 from hf_slim.core.layers import plan_layers
@@ -119,14 +119,14 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
     current = dict(layers)
     for number, stage in enumerate(recipe.stages, 1):
         try:
-            changed = plan_stage(current, stage, skeleton.config)
+            changed = plan_stage(current, stage, skeleton)
         except PlanError as error:
             problems += [f"stage {number}, {stage.method}: {problem}" for problem in error.problems]
             changed = {}
         current |= changed
         stages.append(StagePlan(stage, changed, _memory(stage, current, other)))
         if is_export(stage.method):
-            found = find_method(stage.method).notes(current, stage.options, skeleton.config)
+            found = find_method(stage.method).notes(current, stage.options, skeleton)
             notes += [f"stage {number}, {stage.method}: {note}" for note in found]
     if problems:
         raise PlanError(problems)
@@ -134,19 +134,19 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
     return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), notes)
 
 
-def plan_stage(layers: dict[str, Layer], stage: Stage, model_config: PretrainedConfig) -> dict[str, Layer]:
+def plan_stage(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -> dict[str, Layer]:
     """The layers that a stage changes, as they will be after it.
 
     Args:
         layers: as they are before it.
-        model_config: of the model that they belong to; an export's format may not know its kind.
+        model: the one that they belong to, or its skeleton; an export's format may not know its kind.
 
     Raises:
         PlanError: what this stage cannot do.
     """
     method, config = find_method(stage.method), stage.options
     if is_export(stage.method):
-        if problems := method.problems(layers, config, model_config):
+        if problems := method.problems(layers, config, model):
             raise PlanError(problems)
         return {}
     if hasattr(method, "encoding"):
