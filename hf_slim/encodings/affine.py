@@ -35,6 +35,8 @@ class Affine(Encoding):
         scale_dtype: stored dtype of the scales.
         survivors: weights that pruning left, when only their codes are stored.
         centered: levels lie evenly around zero, which is none of them; symmetric grids of 1 or 2 bits only.
+        activations: "int8" quantizes what is multiplied with this weight, token by token, to 8-bit integers too (see
+            `activations.py`); only for symmetric 8-bit weights with one scale a row, whose product is an integer one.
     """
 
     kind: Literal["affine"] = "affine"
@@ -44,6 +46,18 @@ class Affine(Encoding):
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     survivors: int | None = Field(default=None, ge=0)
     centered: bool = False
+    activations: Literal["int8"] | None = None
+
+    @model_validator(mode="after")
+    def _integer_product(self) -> Affine:
+        asked = {"bits": 8, "group_size": None, "symmetric": True}
+        found = {name: getattr(self, name) for name in asked if getattr(self, name) != asked[name]}
+        if self.activations is not None and found:
+            raise ValueError(
+                f"activations: {self.activations!r} needs weights of 8 bits, symmetric, with one scale a row; "
+                f"got {found}: set bits=8, symmetric=True, group_size=None, or leave activations out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _centered_is_small(self) -> Affine:
@@ -92,7 +106,8 @@ class Affine(Encoding):
         group = "row" if self.group_size is None else f"g{self.group_size}"
         grid = " centered" if self.centered else " sym" if self.symmetric else ""
         sparse = "" if self.survivors is None else " sparse"
-        return f"{self.bits}-bit {group}{grid}{sparse}"
+        activations = "" if self.activations is None else f", {self.activations} activations"
+        return f"{self.bits}-bit {group}{grid}{sparse}{activations}"
 
     def _dequantize(self, codes: UInt8[Tensor, "rows cols"], tensors: dict[str, Tensor]) -> Float[Tensor, "rows cols"]:
         rows, cols = codes.shape

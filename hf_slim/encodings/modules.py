@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_slim.core.errors import SlimError
+from hf_slim.encodings.activations import quantize_tokens
 from hf_slim.encodings.base import Encoding
 
 
@@ -101,6 +102,14 @@ class EncodedModule(nn.Module):
             return kept
         return self.encoding.decode(self.tensors(), self.rows, self.cols).to(dtype)
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b for x [..., cols]."""
+        if getattr(self.encoding, "activations", None) is None:
+            return F.linear(x, self.decoded(x.dtype), bias)
+        q, scale = quantize_tokens(x)
+        y = F.linear(q, self.decoded(torch.float32)) * scale
+        return (y if bias is None else y + bias).to(x.dtype)
+
     def cache_decoded(self, on: bool = True) -> None:
         """Decode once and keep the dense weight (dense speed, dense memory), or drop it again."""
         self._cache = None
@@ -178,7 +187,7 @@ class EncodedLinear(EncodedModule, nn.Linear):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.decoded(x.dtype), self.bias)
+        return self.product(x, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: the weight arrives encoded."""
@@ -227,7 +236,7 @@ class TiedHead(nn.Linear):
         return self._source[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._source[0].decoded(x.dtype), self.bias)
+        return self._source[0].product(x, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: the weight arrives encoded."""
