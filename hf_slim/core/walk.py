@@ -4,50 +4,36 @@ For each block: run the calibration windows through it and gather H = 2/n XᵀX 
 will replace; let the stage replace them; run the windows again, so that the next block sees what the compressed
 blocks put out. Layers outside any block (heads, poolers) come last, through the whole model.
 
-Layers fed by the same tensor (q, k and v; gate and up) share one statistic, computed once. Under `accelerate launch`
-each process runs its share of the windows and the sums are reduced over all of them. A finished block can be kept on
-disk: a second walk restores it instead of solving it again and goes on with the very same numbers.
+A solver may ask for more than H: `Block` lets it run the block and compare with what the dense model's block puts out.
+Under `accelerate launch` each process runs its share of the windows and the sums are reduced over all of them. A finished
+block can be kept on disk: a second walk restores it instead of solving it again and goes on with the very same numbers.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hf_slim.core.blocks import BlockStore
+from hf_slim.core.capture import BlockInput, capture, forward, own_share
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
-from hf_slim.core.forward import device_of, evaluating
+from hf_slim.core.forward import evaluating
 from hf_slim.core.layers import Encoded, put_layer
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, find_stacks
+from hf_slim.core.statistics import Statistics, StopForward, Sums, gather
+from hf_slim.encodings.modules import cache_decoded
 
-BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
-
-TILE = 384  # columns of a Hessian computed together; a quarter to a half of it need not be computed at all
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What the walk knows about a layer's input.
-
-    Args:
-        hessian: H = 2/n sum over tokens of x xᵀ, [cols, cols], float32. One object for all layers with the same input.
-        tokens: n, how many tokens it comes from.
-    """
-
-    hessian: Float[Tensor, "cols cols"]
-    tokens: int
+__all__ = ["Block", "Solution", "Solver", "Statistics", "walk"]
 
 
 @dataclass(frozen=True)
@@ -59,16 +45,95 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
-Solver = Callable[[Mapping[str, Statistics]], Mapping[str, Solution]]
+class Block:
+    """The block in hand, for solvers that judge its output. Batches hold about 2048 tokens each; `len` counts them.
+
+    Attributes:
+        name: of the block in the model.
+        module: the block itself.
+    """
+
+    def __init__(self, name: str, module: nn.Module, batches: Sequence[BlockInput]):
+        self.name, self.module = name, module
+        self._batches = batches
+        self._targets: list[Tensor] = []
+        self.written: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def inputs(self, i: int) -> Float[Tensor, "windows length width"]:
+        """What enters the block in the model as compressed so far."""
+        return self._batches[i].hidden
+
+    def target(self, i: int) -> Float[Tensor, "windows length width"]:
+        """What the dense model's block puts out for the dense model's own input; needs `reference=True`."""
+        return self._targets[i]
+
+    def run(self, i: int, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "windows length width"]:
+        """What the block puts out now for `inputs(i)`; differentiable under `torch.enable_grad()`.
+
+        Args:
+            parameters: {name below the block: tensor} to compute with in place of the module's own.
+        """
+        return self._run(i, self.inputs(i), parameters)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Change a parameter that stays dense (a norm's weight, a bias); a resumed walk changes it too.
+
+        Args:
+            name: below the block.
+        """
+        self.module.get_parameter(name).data.copy_(value)
+        self.written[f"{self.name}.{name}"] = value
+
+    def _run(self, i: int, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        args, kwargs = self._batches[i].call(self.name, hidden)
+        if parameters is None:
+            out = self.module(*args, **kwargs)
+        else:
+            out = functional_call(self.module, dict(parameters), args, kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _follow(self, dense: list[Tensor]) -> list[Tensor]:
+        """Run the dense model's hidden states on, while the block is still dense."""
+        self._targets = [self._run(i, hidden) for i, hidden in enumerate(dense)]
+        return self._targets
+
+    def _observe(self, sums: Sums) -> None:
+        """Run the block for what its layers are fed."""
+        for i in range(len(self)):
+            sums.begin()
+            with suppress(StopForward):
+                self.run(i)
+
+    def _advance(self) -> None:
+        """Run the block; its outputs become the inputs of the next one."""
+        cache_decoded(self.module)
+        try:
+            for i, batch in enumerate(self._batches):
+                batch.hidden = self.run(i)
+                if not torch.isfinite(batch.hidden).all():
+                    raise ModelError(f"{self.name} puts out NaN or infinite values for calibration batch {i}")
+        finally:
+            cache_decoded(self.module, False)
 
 
-class StopForward(Exception):
-    """Ends a forward pass once the wanted input has been seen. Private: nothing else may catch it."""
+Solver = Callable[[Mapping[str, Statistics], Block | None], Mapping[str, Solution]]
 
 
 @torch.no_grad()
 def walk(
-    model: nn.Module, layers: Sequence[Layer], windows: Int[Tensor, "samples length"], solve: Solver, context: Context
+    model: nn.Module,
+    layers: Sequence[Layer],
+    windows: Int[Tensor, "samples length"],
+    solve: Solver,
+    context: Context,
+    *,
+    hessians: bool = True,
+    reference: bool = False,
+    sequential: bool = False,
+    weights: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[LayerReport]:
     """Replace layers block by block, each solved from the inputs that it will really see.
 
@@ -76,8 +141,14 @@ def walk(
         model: changed in place.
         layers: the layers to replace.
         windows: calibration tokens.
-        solve: gets the statistics of the block's layers, returns what replaces them (a layer may be left out).
+        solve: gets the statistics of the block's layers, and the block (None for layers outside any); returns what
+            replaces them (a layer may be left out).
         context: progress bars, and where finished blocks are kept.
+        hessians: gather H; without it `solve` is handed no statistics for blocks.
+        reference: run the dense model's hidden states along, for `Block.target`.
+        sequential: solve a block's layers one after the other in the order in which they run, those with the same input
+            together, each from inputs that passed the compressed layers before it ("true sequential").
+        weights: weights of the tokens, see `statistics.Sums`; batches are those of `capture.own_share`.
 
     Raises:
         ModelError: a layer was never reached, or NaN or infinite values turn up: its block is left as it was.
@@ -85,251 +156,110 @@ def walk(
     """
     if windows.numel() == 0:
         raise DataError("calibration data is empty; give at least one window of tokens")
-    batches = _own_share(windows)
-    store = BlockStore(context.blocks)
-    todo = {layer.name: layer for layer in layers}
-    rows: list[LayerReport] = []
+    batches = own_share(windows)
+    replacing = _Replacing(model, {layer.name: layer for layer in layers}, solve, BlockStore(context.blocks), weights)
     with evaluating(model):
         for stack in find_stacks(model):
-            wanted = {b: [n for n in todo if n.startswith(f"{b}.")] for b in stack.blocks}
+            wanted = {b: [n for n in replacing.layers if n.startswith(f"{b}.")] for b in stack.blocks}
             if not any(wanted.values()):
                 continue
-            inputs = _capture(model, stack.blocks, batches)
-            for block in context.progress.track(stack.blocks, stack.name):
-                names = wanted[block]
-                run = _BlockRun(model.get_submodule(block), block, inputs)
-                if names:
-                    rows += _replace(model, block, names, todo, run.observe, solve, store)
-                if block != stack.blocks[-1]:
-                    run.advance()
-        outside = [name for name, layer in todo.items() if layer.block is None]
-        if outside:
-            rows += _replace(model, "outside", outside, todo, partial(_run_all, model, batches), solve, store)
-    return rows
-
-
-def _replace(
-    model: nn.Module,
-    label: str,
-    names: Sequence[str],
-    layers: Mapping[str, Layer],
-    observe: Callable[[_Sums], None],
-    solve: Solver,
-    store: BlockStore,
-) -> list[LayerReport]:
-    """Solve one block's layers, or restore them from an earlier walk."""
-    rows = store.restore(label, model)
-    if rows is not None:
-        return rows
-    with _gather(model, names) as sums:
-        observe(sums)
-    missed = [name for name in names if name not in sums.sums]
-    if missed:
-        raise ModelError(
-            [f"{name} was never reached by the calibration data; name it in layers.exclude" for name in missed]
-        )
-    known = sums.finish()
-    bad = [name for name, found in known.items() if not torch.isfinite(found.hessian).all()]
-    if bad:
-        raise ModelError([f"{name} is fed NaN or infinite values by the calibration data" for name in bad])
-    solutions = solve(known)
-    rows = [
-        put_layer(model, layers[name], found.encoded, metrics=found.metrics, notes=found.notes)
-        for name, found in solutions.items()
-    ]
-    store.save(label, rows, {name: found.encoded for name, found in solutions.items()})
-    return rows
-
-
-class _Sums:
-    """Running sums of x xᵀ for the layers of one block."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self._names = frozenset(names)
-        self._pending: set[str] = set()
-        self._last: tuple[Tensor, Tensor] | None = None  # input seen last, and the sum it went into
-
-    def begin(self) -> None:
-        """A new batch starts."""
-        self._pending = set(self._names)
-
-    def add(self, name: str, x: Tensor) -> None:
-        """Add the tokens of one batch. Layers that are handed the same tensor share one sum.
-
-        Raises:
-            StopForward: this was the last input that the batch was wanted for.
-        """
-        flat = x.detach().reshape(-1, x.shape[-1])
-        self.tokens[name] = self.tokens.get(name, 0) + len(flat)
-        shared = self._last is not None and self._last[0] is x
-        if name not in self.sums:
-            fresh = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-            self.sums[name] = self._last[1] if shared and self._last is not None else fresh
-        if not shared:
-            add_upper(self.sums[name], flat.float())
-        self._last = (x, self.sums[name])
-        self._pending.discard(name)
-        if not self._pending:
-            raise StopForward
-
-    def finish(self) -> dict[str, Statistics]:
-        """H = 2/n times the sums, over all processes."""
-        counts = torch.tensor([self.tokens[name] for name in self.sums]).to(PartialState().device)
-        counts = reduce(counts, reduction="sum").tolist()  # pyright: ignore
-        hessians: dict[int, Tensor] = {}
-        found = {}
-        for (name, total), count in zip(self.sums.items(), counts, strict=True):
-            if id(total) not in hessians:
-                full = torch.triu(total) + torch.triu(total, 1).T
-                hessians[id(total)] = reduce(full, reduction="sum") * (2.0 / count)  # pyright: ignore
-            found[name] = Statistics(hessians[id(total)], int(count))
-        return found
-
-
-def add_upper(H: Float[Tensor, "cols cols"], x: Float[Tensor, "tokens cols"]) -> None:
-    """H += xᵀ x, above the diagonal (and in some tiles below it): the rest is a mirror image, not worth computing."""
-    tiles = range(0, H.shape[0], TILE)
-    for i in tiles:
-        H[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
-
-
-@contextmanager
-def _gather(model: nn.Module, names: Sequence[str]) -> Iterator[_Sums]:
-    sums = _Sums(names)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: sums.add(name, args[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
+            inputs = capture(model, stack.blocks, batches)
+            dense = [batch.hidden for batch in inputs]
+            for name in context.progress.track(stack.blocks, stack.name):
+                block = Block(name, model.get_submodule(name), inputs)
+                if reference:
+                    dense = block._follow(dense)
+                if wanted[name]:
+                    replacing.block(block, wanted[name], hessians, sequential)
+                if name != stack.blocks[-1]:
+                    block._advance()
+        replacing.outside([name for name, layer in replacing.layers.items() if layer.block is None], batches)
+    return replacing.rows
 
 
 @dataclass
-class _BlockInput:
-    """What one batch brings to the blocks: the hidden state, and each block's other arguments."""
+class _Replacing:
+    """What stays the same while one block after the other is replaced, and what was reported so far."""
 
-    hidden: Tensor
-    by_keyword: bool
-    args: dict[str, tuple[Any, ...]]
-    kwargs: dict[str, dict[str, Any]]
+    model: nn.Module
+    layers: dict[str, Layer]
+    solve: Solver
+    store: BlockStore
+    weights: Mapping[str, Sequence[Tensor]] | None
+    rows: list[LayerReport] = field(default_factory=list)
+
+    def block(self, block: Block, names: list[str], hessians: bool, sequential: bool) -> None:
+        """Solve one block's layers, or restore them from an earlier walk."""
+        rows = self.store.restore(block.name, self.model)
+        if rows is None:
+            groups = _in_order(self.model, block, names) if sequential else [names]
+            encoded: dict[str, Encoded] = {}
+            rows = []
+            for group in groups:
+                known = self._observe(group, block._observe) if hessians else {}
+                rows += self._put(self.solve(known, block), encoded)
+            self.store.save(block.name, rows, encoded, block.written)
+        self.rows += rows
+
+    def outside(self, names: list[str], batches: Sequence[Tensor]) -> None:
+        """Solve the layers that lie in no block, through the whole model."""
+        if not names:
+            return
+        rows = self.store.restore("outside", self.model)
+        if rows is None:
+            encoded: dict[str, Encoded] = {}
+            known = self._observe(names, partial(_run_all, self.model, batches), guided=False)
+            rows = self._put(self.solve(known, None), encoded)
+            self.store.save("outside", rows, encoded, {})
+        self.rows += rows
+
+    def _observe(self, names: list[str], run: Callable[[Sums], None], guided: bool = True) -> dict[str, Statistics]:
+        with gather(self.model, names, self.weights if guided else None) as sums:
+            run(sums)
+        missed = [name for name in names if name not in sums.sums and not self.layers[name].routed]
+        if missed:
+            raise ModelError(
+                [f"{name} was never reached by the calibration data; name it in layers.exclude" for name in missed]
+            )
+        if sums.broken:
+            raise ModelError(
+                [f"{name} is fed NaN or infinite values by calibration batch {i}" for name, i in sums.broken.items()]
+            )
+        return sums.finish({name: self.layers[name].cols for name in names})
+
+    def _put(self, solutions: Mapping[str, Solution], encoded: dict[str, Encoded]) -> list[LayerReport]:
+        encoded |= {name: found.encoded for name, found in solutions.items()}
+        return [
+            put_layer(self.model, self.layers[name], found.encoded, metrics=found.metrics, notes=found.notes)
+            for name, found in solutions.items()
+        ]
 
 
-class _BlockRun:
-    """Runs all batches through one block."""
+def _in_order(model: nn.Module, block: Block, names: list[str]) -> list[list[str]]:
+    """Names in the order in which the layers run, those that are handed the same tensor together."""
+    seen: dict[int, list[str]] = {}
+    kept: list[Any] = []  # so that no tensor's memory, and with it its id, is used again
 
-    def __init__(self, block: nn.Module, name: str, inputs: Sequence[_BlockInput]):
-        self.block, self.name, self.inputs = block, name, inputs
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            kept.append(args[0])
+            seen.setdefault(id(args[0]), []).append(name)
 
-    def observe(self, sums: _Sums) -> None:
-        """Run the block for what its layers are fed."""
-        for batch in self.inputs:
-            sums.begin()
-            with suppress(StopForward):
-                self._run(batch)
+        return note
 
-    def advance(self) -> None:
-        """Run the block; its outputs become the inputs of the next one."""
-        for number, batch in enumerate(self.inputs):
-            out = self._run(batch)
-            batch.hidden = out[0] if isinstance(out, tuple) else out
-            if not torch.isfinite(batch.hidden).all():
-                raise ModelError(f"{self.name} puts out NaN or infinite values for calibration batch {number}")
-
-    def _run(self, batch: _BlockInput) -> Any:
-        args, kwargs = batch.args[self.name], batch.kwargs[self.name]
-        if batch.by_keyword:
-            return self.block(*args, hidden_states=batch.hidden, **kwargs)
-        return self.block(batch.hidden, *args, **kwargs)
-
-
-def _capture(model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor]) -> list[_BlockInput]:
-    """What enters the first block, and every block's other arguments, batch by batch.
-
-    A few tokens run through all blocks first. When all are handed the same arguments, the batches stop at the first
-    block; when not (sliding windows on some layers, position biases), they run through as well.
-    """
-    probe = _record(model, blocks, batches[0][:1, :8], blocks[-1])
-    same = _all_same(probe, blocks)
-    inputs = []
-    for batch in batches:
-        seen = _record(model, blocks[:1] if same else blocks, batch, blocks[0] if same else blocks[-1])
-        inputs.append(_block_input(seen, blocks, same))
-    return inputs
-
-
-def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor, last: str) -> dict[str, Any]:
-    """Arguments that each of `blocks` is handed, in a pass that ends before block `last`."""
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(_recorder(seen, name, name == last), with_kwargs=True)
-        for name in blocks
-    ]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
-        with suppress(StopForward):
-            _forward(model, batch)
+        block.run(0)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    reached = {name for group in seen.values() for name in group}
+    rest = [name for name in names if name not in reached]
+    return [*seen.values(), *([rest] if rest else [])]
 
 
-def _recorder(seen: dict[str, Any], name: str, stop: bool) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[name] = (args, kwargs)
-        if stop:
-            raise StopForward
-
-    return hook
-
-
-def _block_input(seen: Mapping[str, Any], blocks: Sequence[str], same: bool) -> _BlockInput:
-    first_args, first_kwargs = seen[blocks[0]]
-    by_keyword = not first_args
-    args, kwargs = {}, {}
-    for name in blocks:
-        own_args, own_kwargs = seen[blocks[0]] if same else seen[name]
-        args[name] = () if by_keyword else own_args[1:]
-        kwargs[name] = {key: value for key, value in own_kwargs.items() if not (by_keyword and key == "hidden_states")}
-    hidden = first_kwargs["hidden_states"] if by_keyword else first_args[0]
-    return _BlockInput(hidden, by_keyword, args, kwargs)
-
-
-def _all_same(seen: Mapping[str, Any], blocks: Sequence[str]) -> bool:
-    """Whether every block was handed the very same objects as the first, its hidden state apart."""
-
-    def others(name: str) -> list[Any]:
-        args, kwargs = seen[name]
-        return [*args[1:], *(value for key, value in sorted(kwargs.items()) if key != "hidden_states")]
-
-    first = others(blocks[0])
-    return all(
-        len(others(name)) == len(first) and all(a is b for a, b in zip(others(name), first, strict=True))
-        for name in blocks
-    )
-
-
-def _own_share(windows: Tensor) -> list[Tensor]:
-    """This process's windows, in batches."""
-    state = PartialState()
-    own = windows[state.process_index :: state.num_processes]
-    return list(own.split(max(1, BATCH_TOKENS // windows.shape[1])))
-
-
-def _run_all(model: nn.Module, batches: Sequence[Tensor], sums: _Sums) -> None:
+def _run_all(model: nn.Module, batches: Sequence[Tensor], sums: Sums) -> None:
     for batch in batches:
         sums.begin()
         with suppress(StopForward):
-            _forward(model, batch)
-
-
-def _forward(model: nn.Module, ids: Tensor) -> None:
-    """One pass without a cache (blocks run again and again) and, where possible, without computing all logits."""
-    accepted = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    model(input_ids=ids.to(device_of(model)), **options)
+            forward(model, batch)

@@ -43,7 +43,7 @@ from hf_slim.core.method import Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer
 from hf_slim.core.swap import get_keep, get_weight
-from hf_slim.core.walk import Solution, Statistics, walk
+from hf_slim.core.walk import Block, Solution, Statistics, walk
 from hf_slim.encodings import Affine
 from hf_slim.quantization import rtn
 from hf_slim.quantization.grid import Clip, fit_grid
@@ -253,7 +253,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
     rows = encode_layers(model, tables, rtn, config, context.progress)
 
-    def solve(statistics: Mapping[str, Statistics]) -> dict[str, Solution]:
+    def solve(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
         found: dict[str, Solution] = {}
         for names in _solved_together(statistics, layers, config):
             H = statistics[names[0]].hessian

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import hf_slim
-from hf_slim.core import forward
+from hf_slim.core import capture, forward, statistics
 from hf_slim.core import walk as walking
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
@@ -48,7 +48,7 @@ def oracle(model, names, ids):
 def gather(model, layers, ids=IDS):
     """Statistics of a walk that replaces nothing."""
     found = {}
-    walking.walk(model, layers, ids, lambda known: found.update(known) or {}, Context())
+    walking.walk(model, layers, ids, lambda known, block: found.update(known) or {}, Context())
     return found
 
 
@@ -103,7 +103,7 @@ def test_later_blocks_see_what_the_compressed_ones_put_out(name):
     dense = oracle(model, layers, IDS)
     moved = {}
 
-    def solve(known):
+    def solve(known, block):
         expected = oracle(model, known, IDS)
         for layer, statistics in known.items():
             assert_close(statistics.hessian, expected[layer], 1e-4)
@@ -122,14 +122,14 @@ def test_batching_does_not_matter(monkeypatch):
     model = tiny.llama()
     whole = gather(model, chosen(model))
     for tokens in (1, 48):  # a window at a time; three
-        monkeypatch.setattr(walking, "BATCH_TOKENS", tokens)
+        monkeypatch.setattr(capture, "BATCH_TOKENS", tokens)
         for name, known in gather(model, chosen(model)).items():
             assert known.tokens == whole[name].tokens == IDS.numel()
             assert_close(known.hessian, whole[name].hessian.double())
 
 
 def test_tiles_of_a_wide_hessian_make_up_the_whole(monkeypatch):
-    monkeypatch.setattr(walking, "TILE", 7)
+    monkeypatch.setattr(statistics, "TILE", 7)
     model = tiny.opt()
     expected = oracle(model, [layer.name for layer in chosen(model)], IDS)
     for name, known in gather(model, chosen(model)).items():
@@ -189,7 +189,7 @@ def test_computing_in_float32_leaves_no_trace(monkeypatch, failing):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     seen = []
 
-    def solve(known):
+    def solve(known, block):
         seen.extend({p.dtype for p in model.parameters()})
         if failing:
             raise ZeroDivisionError
