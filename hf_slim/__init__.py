@@ -17,10 +17,12 @@ from hf_slim.encodings.modules import cache_decoded
 from hf_slim.integration.transformers import SlimConfig
 from hf_slim.pruning.gradual import GradualMagnitudePruning
 from hf_slim.pruning.trainer import PruningTrainer
+from hf_slim.quantization.qat import FakeQuantize
 
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
+    "FakeQuantize",
     "GradualMagnitudePruning",
     "PruningTrainer",
     "SlimConfig",

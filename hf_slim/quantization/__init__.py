@@ -1,3 +1,3 @@
 """Quantization: store weights in fewer bits."""
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "qat")
