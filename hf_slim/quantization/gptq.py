@@ -27,31 +27,27 @@ Other differences from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
+from hf_slim.core.feedback import Factor, RoundColumn, SingularHessian, error_feedback, factor
 from hf_slim.core.layers import encode_layers, plan_targets
 from hf_slim.core.method import Rules
 from hf_slim.core.report import StageReport
+from hf_slim.core.saliency import token_weights
 from hf_slim.core.select import Layer
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.core.walk import Block, Solution, Statistics, walk
 from hf_slim.encodings import Affine
 from hf_slim.quantization import rtn
 from hf_slim.quantization.grid import Clip, fit_grid
-
-# What rounds one column: (weights [rows], column of W) -> (codes [rows], the values they stand for [rows]). The codes
-# may be of any type that holds them.
-RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
 
 RULES = Rules(
     needs=("calibration",),
@@ -67,28 +63,11 @@ class Config(rtn.Config):
     damping: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to the diagonal")
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     block: int = Field(32, ge=1, description="columns repaired one by one, not by a matrix product; changes speed only")
-
-
-class SingularHessian(ArithmeticError):
-    """No damping made the Hessian positive definite, as with NaN or infinite inputs."""
-
-
-class Factor(NamedTuple):
-    """What layers with the same input share.
-
-    Attributes:
-        root: R [cols, cols], upper triangular, R R^T = damped H with rows and columns in `order`.
-        order: column of W that is rounded first, second, ...
-        damping: the damping that worked.
-    """
-
-    root: Float[Tensor, "cols cols"]
-    order: Int[Tensor, " cols"]
-    damping: float
-
-    def importance(self) -> Float[Tensor, " cols"]:
-        """R_jj**2, what the loss charges for the squared rounding error of a column; in W's order, never zero."""
-        return torch.empty_like(self.root[0]).index_copy_(0, self.order, self.root.diagonal().square())
+    true_sequential: bool = Field(False, description="o_proj sees what the quantized q, k and v put out, and so on")
+    guided: int | None = Field(
+        None, ge=1, description="weigh tokens by squared gradients, for this many groups of rows"
+    )
+    min_tokens: int = Field(32, ge=1, description="an expert that fewer tokens were routed to is rounded to nearest")
 
 
 @dataclass(frozen=True)
@@ -102,82 +81,6 @@ class Report:
 
     damping: float
     relative_error: float
-
-
-def factor(H: Float[Tensor, "cols cols"], damping: float = 0.01, act_order: bool = True) -> Factor:
-    """Order the columns, damp H and factorise it, with ten times the damping (up to 1) after every failure.
-
-    Columns whose diagonal is zero get the mean of the others there.
-
-    Raises:
-        SingularHessian: even damping 1 failed.
-    """
-    diagonal = H.diagonal().float()
-    dead = diagonal == 0
-    mean = diagonal[~dead].mean() if not dead.all() else torch.ones_like(diagonal[0])
-    diagonal = torch.where(dead, mean, diagonal)
-    order = torch.arange(len(H), device=H.device)
-    if act_order:
-        order = diagonal.argsort(descending=True, stable=True)
-    backwards = order.flip(0)
-    flipped, diagonal = H.float()[backwards][:, backwards], diagonal[backwards]
-    while True:
-        flipped.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
-        if not failed:
-            return Factor(lower.flip(0, 1), order, damping)
-        if damping >= 1:
-            raise SingularHessian(f"not positive definite with damping {damping:g}")
-        damping = min(1.0, 10 * damping)
-
-
-def error_feedback(
-    W: Float[Tensor, "rows cols"],
-    shared: Factor,
-    round_column: RoundColumn,
-    block: int = 32,
-    keep: Bool[Tensor, "rows cols"] | None = None,
-) -> tuple[UInt8[Tensor, "rows cols"], Float[Tensor, "rows cols"]]:
-    """Round with error feedback on any grid whose entries are chosen one at a time.
-
-    Args:
-        W: weights; those pruned need not be zero: their removal is an error that the other columns repair.
-        shared: from `factor`.
-        round_column: called once for every column, in `shared.order`; gets weights that carry the feedback.
-        block: longest run of columns in which every column is repaired by itself.
-        keep: False where a weight is pruned: its value becomes exactly 0, its code that of 0.
-
-    Returns:
-        Codes, and the float32 values they stand for.
-    """
-    order = shared.order
-    feedback = shared.root / shared.root.diagonal()
-    # One row of memory for each column of W, in rounding order. `moving` holds the weights with feedback and then their
-    # rounded values, `error` the original weights and then W - Q.
-    error = W.float().t()[order]
-    moving = error.clone()
-    kept = None if keep is None else keep.t()[order].to(moving.dtype)
-    codes = torch.empty(moving.shape, dtype=torch.uint8, device=W.device)
-    columns = list(zip(order.tolist(), moving, error, codes, strict=True))
-
-    def sweep(start: int, stop: int) -> None:
-        if stop - start > block:
-            middle = (start + stop) // 2
-            sweep(start, middle)
-            moving[middle:stop].addmm_(feedback[start:middle, middle:stop].t(), error[start:middle])
-            return sweep(middle, stop)
-        for j in range(start, stop):
-            column, w, lost, code = columns[j]
-            found, value = round_column(w if kept is None else w * kept[j], column)
-            code.copy_(found)
-            w.copy_(value if kept is None else value * kept[j])
-            lost.sub_(w)
-            if j + 1 < stop:
-                moving[j + 1 : stop].addr_(feedback[j, j + 1 : stop], lost)
-
-    sweep(0, len(order))
-    inverse = order.argsort()
-    return codes[inverse].t().contiguous(), moving[inverse].t().contiguous()
 
 
 def grid_rounder(
@@ -251,54 +154,84 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     windows = context.tokens("calibration")
     tables = [layer for layer in chosen if layer.kind == "embedding"]
     layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
+    weights = None
+    if config.guided is not None:
+        weights = token_weights(model, list(layers), windows, config.guided, context.progress)
     rows = encode_layers(model, tables, rtn, config, context.progress)
 
     def solve(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
         found: dict[str, Solution] = {}
         for names in _solved_together(statistics, layers, config):
-            H = statistics[names[0]].hessian
-            found |= _solve(model, [layers[name] for name in names], H, config)
+            found |= _solve(model, [layers[name] for name in names], statistics[names[0]], config)
         return found
 
-    rows += walk(model, list(layers.values()), windows, solve, context)
+    rows += walk(
+        model, list(layers.values()), windows, solve, context, sequential=config.true_sequential, weights=weights
+    )
     return StageReport(layers=rows, notes=[f"{row.name}: {note}" for row in rows for note in row.notes])
 
 
 def _solved_together(
     statistics: Mapping[str, Statistics], layers: Mapping[str, Layer], config: Config
 ) -> list[list[str]]:
-    """Names of layers with the same input and the same options, together."""
+    """Names of layers with the same Hessian and the same options, together."""
     groups: dict[str, list[str]] = {}
     for name, known in statistics.items():
-        groups.setdefault(f"{id(known.hessian)} {config.at(layers[name])!r}", []).append(name)
+        source = known.hessian if known.guided is None else known.guided
+        groups.setdefault(f"{id(source)} {config.at(layers[name])!r}", []).append(name)
     return list(groups.values())
 
 
-def _solve(model: nn.Module, layers: list[Layer], H: Tensor, config: Config) -> dict[str, Solution]:
+def _solve(model: nn.Module, layers: list[Layer], known: Statistics, config: Config) -> dict[str, Solution]:
     """Solve layers with the same input and options in one go, stacked along their rows; their error is a common one."""
     modules = [model.get_submodule(layer.name) for layer in layers]
     weights, masks = [get_weight(m) for m in modules], [get_keep(m) for m in modules]
-    try:
-        shared = factor(H, config.damping, config.act_order)
-    except SingularHessian as error:
-        notes = (f"rounded to nearest: {error}",)
-        return {
-            layer.name: Solution(rtn.encode(W, layer, config, keep), {}, notes)
-            for layer, W, keep in zip(layers, weights, masks, strict=True)
-        }
+    if known.tokens < config.min_tokens and any(layer.routed for layer in layers):
+        return _rounded(layers, weights, masks, config, f"only {known.tokens} tokens were routed to it")
+    W = torch.cat(weights).float()
     keep = None
     if any(mask is not None for mask in masks):
         full = [torch.ones_like(W, dtype=torch.bool) for W in weights]
         keep = torch.cat([f if mask is None else mask for mask, f in zip(masks, full, strict=True)])
-    W = torch.cat(weights).float()
-    here = config.at(layers[0])
-    grid = (here.bits, here.group_size, here.symmetric, here.clip)
-    codes, scales, zeros, measured = quantize(W, H, *grid, block=config.block, keep=keep, shared=shared)
+    try:
+        codes, scales, zeros, measured = _quantize_rows(W, known, keep, config.at(layers[0]))
+    except SingularHessian as error:
+        return _rounded(layers, weights, masks, config, str(error))
     found, start = {}, 0
-    notes = (f"damping raised to {shared.damping:g}",) if shared.damping > config.damping else ()
+    notes = (f"damping raised to {measured.damping:g}",) if measured.damping > config.damping else ()
     for layer, mask in zip(layers, masks, strict=True):
         own, start = slice(start, start + layer.rows), start + layer.rows
         stored = encoding(layer, config)
         tensors = stored.pack(codes[own], scales[own], zeros[own], None if stored.survivors is None else mask)
         found[layer.name] = Solution((stored, tensors), {"output_error": measured.relative_error}, notes)
     return found
+
+
+def _quantize_rows(
+    W: Float[Tensor, "rows cols"], known: Statistics, keep: Tensor | None, config: Config
+) -> tuple[Tensor, Tensor, Tensor, Report]:
+    """GPTQ of all rows with one Hessian, or of each run of rows with its own."""
+    hessians = [known.hessian] if known.guided is None else list(known.guided)
+    runs = W.tensor_split(len(hessians))
+    masks = [None] * len(runs) if keep is None else list(keep.tensor_split(len(runs)))
+    parts = [
+        quantize(
+            run, H, config.bits, config.group_size, config.symmetric, config.clip, config.damping, config.act_order,
+            config.block, mask,
+        )
+        for run, H, mask in zip(runs, hessians, masks, strict=True)
+    ]  # fmt: skip
+    codes, scales, zeros = (torch.cat([part[i] for part in parts]) for i in range(3))
+    reports = [part[3] for part in parts]
+    error = sum(report.relative_error * len(run) for report, run in zip(reports, runs, strict=True)) / len(W)
+    return codes, scales, zeros, Report(max(report.damping for report in reports), error)
+
+
+def _rounded(
+    layers: list[Layer], weights: list[Tensor], masks: list[Tensor | None], config: Config, why: str
+) -> dict[str, Solution]:
+    notes = (f"rounded to nearest: {why}",)
+    return {
+        layer.name: Solution(rtn.encode(W, layer, config, keep), {}, notes)
+        for layer, W, keep in zip(layers, weights, masks, strict=True)
+    }
