@@ -19,8 +19,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.errors import PlanError, nearest
+from hf_slim.core.experts import Experts
+from hf_slim.core.probe import embedding_scale, is_plain_linear
 from hf_slim.encodings import Encoding
-from hf_slim.encodings.modules import EncodedLinear, EncodedModule, TiedHead
+from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
 
 Kind = Literal["linear", "head", "embedding"]
 
@@ -139,11 +141,12 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     places = {b: (i, len(stack.blocks)) for stack in find_stacks(model) for i, b in enumerate(stack.blocks)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     table = getattr(model, "get_input_embeddings", lambda: None)()
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Experts))
     owner = _owners(model)
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
         kind: Kind
-        if module is table and isinstance(module, nn.Embedding):
+        if module is table and (isinstance(module, EncodedEmbedding) or embedding_scale(module) is not None):
             kind = "embedding"
         elif _is_linear(module):
             kind = "head" if module is head else "linear"
@@ -151,7 +154,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             continue
         block = next((b for b in places if name.startswith(f"{b}.")), None)
         layer = _describe(name, module, kind, block, owner.get(name))
-        layers[name] = dataclasses.replace(layer, place=None if block is None else places[block])
+        place = None if block is None else places[block]
+        layers[name] = dataclasses.replace(layer, place=place, routed=name.startswith(experts))
     return layers
 
 
@@ -195,7 +199,7 @@ def _chosen(layer: Layer, select: Select) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D, EncodedLinear, TiedHead)
+    return type(module) in (Conv1D, EncodedLinear, TiedHead) or is_plain_linear(module)
 
 
 def _describe(name: str, module: nn.Module, kind: Kind, block: str | None, owner: str | None) -> Layer:

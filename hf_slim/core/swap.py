@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_slim.core.probe import embedding_scale
 from hf_slim.encodings import Encoding
+from hf_slim.encodings.embeddings import EncodedScaledEmbedding, TiedEmbedding, dense_embedding
 from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
 from hf_slim.encodings.packing import unpack_mask
 
@@ -30,9 +32,7 @@ def get_keep(module: nn.Module) -> Bool[Tensor, "rows cols"] | None:
 def empty_like(module: nn.Module, encoding: Encoding, dtype: torch.dtype, device: torch.device | str) -> EncodedModule:
     """An encoded layer of the module's shape, bias taken over, stored tensors not filled in yet."""
     if isinstance(module, nn.Embedding):
-        return EncodedEmbedding(
-            module.num_embeddings, module.embedding_dim, encoding, module.padding_idx, dtype=dtype, device=device
-        )
+        return _empty_embedding(module, encoding, dtype, device)
     turned = isinstance(module, Conv1D) or getattr(module, "turned", False)
     rows, cols = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
     encoded = EncodedLinear(cols, rows, encoding, bias=False, dtype=dtype, device=device, turned=turned)
@@ -40,8 +40,27 @@ def empty_like(module: nn.Module, encoding: Encoding, dtype: torch.dtype, device
     return encoded
 
 
+def _empty_embedding(
+    module: nn.Embedding, encoding: Encoding, dtype: torch.dtype, device: torch.device | str
+) -> EncodedEmbedding:
+    shape, padding = (module.num_embeddings, module.embedding_dim), module.padding_idx
+    scale, stock = _look_up(module)
+    if stock is nn.Embedding:
+        return EncodedEmbedding(*shape, encoding, padding, dtype=dtype, device=device)
+    return EncodedScaledEmbedding(*shape, encoding, padding, scale, stock, dtype=dtype, device=device)
+
+
+def _look_up(module: nn.Embedding) -> tuple[float, type[nn.Embedding]]:
+    """The constant that an embedding scales its rows by, and the class that it has when dense."""
+    if isinstance(module, EncodedScaledEmbedding | TiedEmbedding):
+        return module.scale, module.stock
+    if isinstance(module, EncodedEmbedding):
+        return 1.0, nn.Embedding
+    return embedding_scale(module) or 1.0, type(module)
+
+
 def encode_layer(model: nn.Module, name: str, encoding: Encoding, tensors: dict[str, Tensor]) -> None:
-    """Put the encoded weight in the place of the layer called `name`; heads tied to an embedding follow it."""
+    """Put the encoded weight in the place of the layer called `name`; what is tied to an embedding follows it."""
     module = model.get_submodule(name)
     dtype = module.compute_dtype if isinstance(module, EncodedModule) else module.weight.dtype
     encoded = empty_like(module, encoding, dtype, "meta")  # pyright: ignore[reportArgumentType]
@@ -50,11 +69,11 @@ def encode_layer(model: nn.Module, name: str, encoding: Encoding, tensors: dict[
 
 
 def put_encoded(model: nn.Module, name: str, encoded: EncodedModule) -> None:
-    """Put an encoded layer in the place of the layer called `name`; heads tied to an embedding follow it."""
+    """Put an encoded layer in the place of the layer called `name`; what is tied to an embedding follows it."""
     encoded.train(model.get_submodule(name).training)
     set_module(model, name, encoded)
     if isinstance(encoded, EncodedEmbedding):
-        _tie_heads(model, f"{name}.weight", encoded)
+        _tie(model, f"{name}.weight", encoded)
 
 
 def densify(model: nn.Module, name: str) -> None:
@@ -62,28 +81,39 @@ def densify(model: nn.Module, name: str) -> None:
     module = model.get_submodule(name)
     weight = get_weight(module)
     dense: nn.Linear | nn.Embedding | Conv1D
-    with torch.device("meta"):
-        if isinstance(module, EncodedEmbedding):
-            dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
-        elif module.turned:
-            dense, weight = Conv1D(module.rows, module.cols), weight.T.contiguous()  # pyright: ignore
-        else:
-            dense = nn.Linear(module.cols, module.rows, bias=False)  # pyright: ignore
-    if not isinstance(dense, nn.Embedding):
-        dense.bias = module.bias  # pyright: ignore
-    dense.weight = nn.Parameter(weight)
+    if isinstance(module, EncodedEmbedding):
+        dense = dense_embedding(weight, module.padding_idx, *_look_up(module))
+    elif module.turned:
+        with torch.device("meta"):
+            dense = Conv1D(module.rows, module.cols)  # pyright: ignore
+        dense.weight, dense.bias = nn.Parameter(weight.T.contiguous()), module.bias  # pyright: ignore
+    else:
+        dense = _linear(nn.Parameter(weight), module.bias)  # pyright: ignore
     dense.train(module.training)
     set_module(model, name, dense)
-    for head in tied_heads(model, module):
-        tied = model.get_submodule(head)
-        linear = nn.Linear(module.cols, module.rows, bias=False, device="meta")  # pyright: ignore
-        linear.weight, linear.bias = dense.weight, tied.bias  # pyright: ignore
-        set_module(model, head, linear)
+    for follower in followers(model, module):
+        tied = model.get_submodule(follower)
+        if isinstance(tied, TiedEmbedding):
+            again: nn.Module = dense_embedding(weight, tied.padding_idx, tied.scale, tied.stock)
+            again.weight = dense.weight
+        else:
+            again = _linear(dense.weight, tied.bias)  # pyright: ignore
+        set_module(model, follower, again.train(tied.training))
 
 
-def tied_heads(model: nn.Module, embedding: nn.Module) -> list[str]:
-    """Names of the heads that share an encoded embedding."""
-    return [name for name, m in model.named_modules() if isinstance(m, TiedHead) and m._source[0] is embedding]
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight, linear.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
+    return linear
+
+
+def followers(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """Names of the heads and embeddings that share an encoded embedding."""
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, TiedHead | TiedEmbedding) and m._source[0] is embedding
+    ]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -92,16 +122,20 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _tie_heads(model: nn.Module, source: str, embedding: EncodedEmbedding) -> None:
-    """Replace the heads that share the parameter `source`, and make Transformers forget about that tie.
+def _tie(model: nn.Module, source: str, embedding: EncodedEmbedding) -> None:
+    """Replace what shares the parameter `source`, and make Transformers forget about that tie.
 
     Transformers would otherwise tie `weight`s that are no longer there, at the next load or `tie_weights()`.
     """
     keys: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for target in [t for t, s in keys.items() if s == source]:
-        head = target.removesuffix(".weight")
-        bias = model.get_submodule(head).bias
-        set_module(model, head, TiedHead(embedding, bias))  # pyright: ignore[reportArgumentType]
+        name = target.removesuffix(".weight")
+        tied = model.get_submodule(name)
+        if isinstance(tied, nn.Embedding):
+            follower: nn.Module = TiedEmbedding(embedding, *_look_up(tied))
+        else:
+            follower = TiedHead(embedding, tied.bias)  # pyright: ignore[reportArgumentType]
+        set_module(model, name, follower.train(tied.training))
         del keys[target]
     own: dict[str, str] = dict(getattr(model, "_tied_weights_keys", None) or {})
     model.all_tied_weights_keys = keys  # pyright: ignore[reportAttributeAccessIssue]

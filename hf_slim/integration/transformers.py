@@ -5,7 +5,8 @@ Written against Transformers 5.23. `from_pretrained` calls it in two ways:
 - A checkpoint of ours: the modules named in `config.json` are replaced by empty encoded ones before the weights arrive;
   the stored tensors have the encoded modules' own names, so nothing is converted.
 - A dense checkpoint with `quantization_config=SlimConfig(...)`: each weight is encoded when it arrives, and its layer
-  replaced then; never more than one dense weight is in memory.
+  replaced then; never more than one dense weight is in memory. Weights of experts arrive fused, all experts of a layer
+  in one tensor, and are taken apart then.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_slim.core.errors import ArtifactError, ModelError, PlanError, nearest
+from hf_slim.core.experts import Experts, Layout, fuse, unfuse
 from hf_slim.core.layers import stream_plan
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.stage import Stage, make_stage
-from hf_slim.core.swap import densify, empty_like, put_encoded, tied_heads
+from hf_slim.core.swap import densify, empty_like, followers, put_encoded, set_module
 from hf_slim.encodings import Encoding, read_encoding
+from hf_slim.encodings.embeddings import TiedEmbedding
 from hf_slim.encodings.modules import EncodedModule, TiedHead
 from hf_slim.methods import find_method
 
@@ -114,13 +117,36 @@ class EncodeOnLoad(ConversionOps):
     def convert(self, input_dict, *, full_layer_name: str, model: nn.Module, missing_keys=None, **kwargs):
         value = next(iter(input_dict.values()))
         weight: Tensor = value[0] if isinstance(value, list) else value
-        name = full_layer_name.removesuffix(".weight")
+        missing: set[str] = set() if missing_keys is None else missing_keys
+        missing.discard(full_layer_name)
+        if full_layer_name in self.quantizer.fused:
+            return self._experts(model, full_layer_name, weight)
+        return self._layer(model, full_layer_name.removesuffix(".weight"), weight, missing)
+
+    def _layer(self, model: nn.Module, name: str, weight: Tensor, missing: set[str]) -> dict[str, Tensor]:
         encoding, tensors = self.quantizer.encode(name, weight, model.get_submodule(name))
         encoded = empty_like(model.get_submodule(name), encoding, weight.dtype, "meta")
         put_encoded(model, name, encoded)
-        if missing_keys is not None:  # the dense weight, and those of heads tied to it, are not coming
-            missing_keys -= {full_layer_name} | {f"{head}.weight" for head in tied_heads(model, encoded)}
+        missing -= {f"{follower}.weight" for follower in followers(model, encoded)}
         return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+    def _experts(self, model: nn.Module, parameter: str, fused: Tensor) -> dict[str, Tensor]:
+        """Take a fused parameter apart; what no layer of the plan needs stays dense."""
+        name, _, matrix = parameter.rpartition(".")
+        module: Any = model.get_submodule(name)
+        if not isinstance(module, Experts):  # its first parameter
+            module = Experts(module, self.quantizer.fused[parameter])
+            set_module(model, name, module)
+        arrived: dict[str, Tensor] = {}
+        for number in range(module.layout.experts):
+            layer = f"{name}.{number}.{matrix.removesuffix('_bias')}"
+            if matrix.endswith("_bias"):
+                arrived[f"{layer}.bias"] = fused[number]
+            elif self.quantizer.plans(layer):
+                arrived |= self._layer(model, layer, module.layout.weight(fused, number), set())
+            else:
+                arrived[f"{layer}.weight"] = module.layout.weight(fused, number)
+        return arrived
 
 
 class SlimQuantizer(HfQuantizer):
@@ -130,6 +156,7 @@ class SlimQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: SlimConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        self.fused: dict[str, Layout] = {}  # parameters of experts, some of which will be encoded
         self._planned: dict[str, Layer] = {}
         self._stage: Stage
 
@@ -149,6 +176,7 @@ class SlimQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype=None, **kwargs: Any
     ) -> PreTrainedModel:
+        experts = unfuse(model)
         if self.pre_quantized:
             for name, stored_name in _stored_layers(model, self.quantization_config).items():
                 module = model.get_submodule(name)
@@ -157,10 +185,21 @@ class SlimQuantizer(HfQuantizer):
         elif self.quantization_config.method is not None:
             self._stage = make_stage(self.quantization_config.method, self.quantization_config.options)
             self._planned = stream_plan(model, self._stage.method, self._stage.options)
+            for name in experts:
+                if any(layer.startswith(f"{name}.") for layer in self._planned):
+                    layout: Layout = model.get_submodule(name).layout  # pyright: ignore
+                    self.fused |= {f"{name}.{parameter}": layout for parameter in layout.parameters()}
+        fuse(model)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self._planned
+        return param_name in self.fused or (
+            param_name.endswith(".weight") and self.plans(param_name.removesuffix(".weight"))
+        )
+
+    def plans(self, name: str) -> bool:
+        """Whether the layer will be encoded when its weight arrives."""
+        return name in self._planned
 
     def get_quantize_ops(self) -> EncodeOnLoad:
         return EncodeOnLoad(self)
@@ -222,8 +261,9 @@ def _stored_layers(model: PreTrainedModel, config: SlimConfig) -> dict[str, str]
 def mark(model: PreTrainedModel) -> None:
     """Give the model the `quantization_config` that describes its encoded layers, so that it saves and loads.
 
-    A model without any is marked as a plain one.
+    A model without any is marked as a plain one. Experts that are all dense are fused again.
     """
+    fuse(model)
     encodings: list[dict[str, Any]] = []
     modules: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -260,8 +300,9 @@ def make_dense(model: PreTrainedModel) -> None:
         )
     for name in encoded:
         densify(model, name)
-    if any(isinstance(m, TiedHead) for m in model.modules()):
+    if any(isinstance(m, TiedHead | TiedEmbedding) for m in model.modules()):
         raise ArtifactError("a tied head points to an embedding that is not part of the model")
+    fuse(model)
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     _unmark(model)
