@@ -1,3 +1,3 @@
 """Quantization: store weights in fewer bits."""
 
-METHODS = ("rtn", "gptq", "qat")
+METHODS = ("rtn", "gptq", "qat", "scales")
