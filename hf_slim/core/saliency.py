@@ -57,7 +57,7 @@ def _squared_gradients(model: nn.Module, names: Sequence[str], ids: Tensor, grou
 
     def hook(name: str) -> Callable[..., None]:
         def keep(gradient: Tensor) -> None:
-            flat = gradient.detach().reshape(-1, gradient.shape[-1]).float().square_()
+            flat = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
             squares[name] = torch.stack([part.mean(1) for part in flat.tensor_split(groups, dim=1)], dim=1)
 
         return lambda module, args, out: out.register_hook(keep) and None

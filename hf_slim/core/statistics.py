@@ -27,8 +27,8 @@ class Statistics:
     Args:
         hessian: H = 2/n sum over tokens of x xᵀ, [cols, cols], float32. One object for all layers with the same input.
         tokens: n, how many tokens it comes from; 0 for an expert that none was routed to, and H is zero then.
-        guided: H_k = 2/n sum over tokens of s_k x xᵀ, [groups, cols, cols], float32, where tokens were weighted; rows of
-            the weight fall into that many equal runs.
+        guided: H_k = 2/n sum over tokens of s_k x xᵀ, [groups, cols, cols], float32, where tokens were weighted; the
+            weight's rows fall into that many runs.
     """
 
     hessian: Float[Tensor, "cols cols"]

@@ -5,8 +5,8 @@ will replace; let the stage replace them; run the windows again, so that the nex
 blocks put out. Layers outside any block (heads, poolers) come last, through the whole model.
 
 A solver may ask for more than H: `Block` lets it run the block and compare with what the dense model's block puts out.
-Under `accelerate launch` each process runs its share of the windows and the sums are reduced over all of them. A finished
-block can be kept on disk: a second walk restores it instead of solving it again and goes on with the very same numbers.
+Under `accelerate launch` each process runs its share of the windows and the sums are reduced over all of them. A
+finished block can be kept on disk: a second walk restores it instead of solving it again, with the very same numbers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_slim.core.blocks import BlockStore
-from hf_slim.core.capture import BlockInput, capture, forward, own_share
+from hf_slim.core.capture import BlockInput, capture, own_share
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
-from hf_slim.core.forward import evaluating
+from hf_slim.core.forward import evaluating, run_on
 from hf_slim.core.layers import Encoded, put_layer
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, find_stacks
@@ -262,4 +262,4 @@ def _run_all(model: nn.Module, batches: Sequence[Tensor], sums: Sums) -> None:
     for batch in batches:
         sums.begin()
         with suppress(StopForward):
-            forward(model, batch)
+            run_on(model, batch)
