@@ -134,6 +134,7 @@ def walk(
     reference: bool = False,
     sequential: bool = False,
     weights: Mapping[str, Sequence[Tensor]] | None = None,
+    batch_tokens: int | None = None,
 ) -> list[LayerReport]:
     """Replace layers block by block, each solved from the inputs that it will really see.
 
@@ -149,6 +150,7 @@ def walk(
         sequential: solve a block's layers one after the other in the order in which they run, those with the same input
             together, each from inputs that passed the compressed layers before it ("true sequential").
         weights: weights of the tokens, see `statistics.Sums`; batches are those of `capture.own_share`.
+        batch_tokens: smaller batches than those; not together with `weights`.
 
     Raises:
         ModelError: a layer was never reached, or NaN or infinite values turn up: its block is left as it was.
@@ -157,6 +159,9 @@ def walk(
     if windows.numel() == 0:
         raise DataError("calibration data is empty; give at least one window of tokens")
     batches = own_share(windows)
+    if batch_tokens is not None:
+        size = max(1, batch_tokens // windows.shape[1])
+        batches = [part for batch in batches for part in batch.split(size)]
     replacing = _Replacing(model, {layer.name: layer for layer in layers}, solve, BlockStore(context.blocks), weights)
     with evaluating(model):
         for stack in find_stacks(model):

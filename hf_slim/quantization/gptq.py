@@ -159,16 +159,23 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         weights = token_weights(model, list(layers), windows, config.guided, context.progress)
     rows = encode_layers(model, tables, rtn, config, context.progress)
 
-    def solve(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
-        found: dict[str, Solution] = {}
-        for names in _solved_together(statistics, layers, config):
-            found |= _solve(model, [layers[name] for name in names], statistics[names[0]], config)
-        return found
+    def solver(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
+        return solve(model, layers, statistics, config)
 
     rows += walk(
-        model, list(layers.values()), windows, solve, context, sequential=config.true_sequential, weights=weights
+        model, list(layers.values()), windows, solver, context, sequential=config.true_sequential, weights=weights
     )
     return StageReport(layers=rows, notes=[f"{row.name}: {note}" for row in rows for note in row.notes])
+
+
+def solve(
+    model: nn.Module, layers: Mapping[str, Layer], statistics: Mapping[str, Statistics], config: Config
+) -> dict[str, Solution]:
+    """GPTQ of the layers that there are statistics of."""
+    found: dict[str, Solution] = {}
+    for names in _solved_together(statistics, layers, config):
+        found |= _solve(model, [layers[name] for name in names], statistics[names[0]], config)
+    return found
 
 
 def _solved_together(
