@@ -10,6 +10,7 @@ from hf_slim.core.apply import run_stage
 from hf_slim.core.context import Context
 from hf_slim.core.data import tokens_from
 from hf_slim.core.errors import PlanError
+from hf_slim.core.experts import unfused
 from hf_slim.core.layers import check_weights
 from hf_slim.core.model import check_tokens
 from hf_slim.core.progress import Progress
@@ -55,10 +56,11 @@ def compress(
     >>> report = compress(model, "quantize.gptq", tokenizer=tok, data=texts, bits=4, group_size=64)  # doctest: +SKIP
     """
     stage = make_stage(method, options)
-    layers = find_layers(model)
-    plan_stage(layers, stage, model)
-    _check_needs(method, data, original)
-    check_weights(model, [layer for layer in layers.values() if layer.tied_to is None])
+    with unfused(model):
+        layers = find_layers(model)
+        plan_stage(layers, stage, model)
+        _check_needs(method, data, original)
+        check_weights(model, [layer for layer in layers.values() if layer.tied_to is None])
     windows = None if data is None else tokens_from(data, tokenizer, length, samples, seed).ids
     if windows is not None:
         check_tokens(model, windows, "data")

@@ -8,6 +8,7 @@ an earlier stage is refused here, with the order that works.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_slim.core.errors import PlanError
+from hf_slim.core.experts import unseen
 from hf_slim.core.layers import plan_layers
 from hf_slim.core.model import ModelSource
 from hf_slim.core.select import Layer, find_layers
@@ -130,7 +132,7 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
             notes += [f"stage {number}, {stage.method}: {note}" for note in found]
     if problems:
         raise PlanError(problems)
-    notes = (*_notes(stages, recipe.stages), *notes)
+    notes = (*_notes(stages, recipe.stages), *unseen(skeleton), *notes)
     return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), notes)
 
 
@@ -236,7 +238,22 @@ def _notes(plans: list[StagePlan], stages: tuple[Stage, ...]) -> list[str]:
                 f"stage {number}, {plan.stage.method}, may need {plan.memory / 2**30:.1f} GiB; "
                 f"this machine has {available / 2**30:.1f} GiB"
             )
+        notes += [f"stage {number}, {plan.stage.method}: {note}" for note in _odd_groups(plan.layers.values())]
     compressing = [i for i, s in enumerate(stages) if changes_model(s.method)]
     if any(s.method.startswith("evaluate.") for s in stages[: compressing[-1] if compressing else 0]):
         notes.append("an evaluate stage stands before the last compressing stage: it does not measure the final model")
     return notes
+
+
+def _odd_groups(layers: Iterable[Layer]) -> list[str]:
+    """Group sizes that do not divide the columns: allowed here, but formats of others have no shorter groups."""
+    shapes: dict[tuple[int, int], int] = {}
+    for layer in layers:
+        size = getattr(layer.encoding, "group_size", None)
+        if size is not None and layer.cols % size:
+            shapes[layer.cols, size] = shapes.get((layer.cols, size), 0) + 1
+    return [
+        f"{count} layers have {cols} columns, no multiple of group_size {size}: the last group of a row holds "
+        f"{cols % size}; other libraries' formats cannot store that"
+        for (cols, size), count in shapes.items()
+    ]

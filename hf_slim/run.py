@@ -25,6 +25,7 @@ from hf_slim.core.apply import run_stage
 from hf_slim.core.context import Context
 from hf_slim.core.data import TokenWindows, load_tokens
 from hf_slim.core.errors import ArtifactError
+from hf_slim.core.experts import unfused
 from hf_slim.core.layers import check_weights
 from hf_slim.core.model import ModelSource, check_tokens
 from hf_slim.core.parallel import device, is_main, wait_for_all
@@ -134,7 +135,8 @@ def _load(plan: Plan, workspace: Workspace) -> PreTrainedModel:
     if workspace.model_folder is not None:
         return ModelSource(str(workspace.work / workspace.model_folder)).load().to(device())
     model = plan.source.load().to(device())
-    check_weights(model, [x for x in find_layers(model).values() if x.tied_to is None])
+    with unfused(model):
+        check_weights(model, [x for x in find_layers(model).values() if x.tied_to is None])
     return model
 
 

@@ -8,6 +8,7 @@ import time
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
+from hf_slim.core.experts import unfused
 from hf_slim.core.report import StageReport
 from hf_slim.core.stage import Stage
 from hf_slim.integration.transformers import mark
@@ -21,7 +22,8 @@ def run_stage(model: PreTrainedModel, stage: Stage, context: Context) -> StageRe
         The method's report, with seconds and the process's peak memory.
     """
     start = time.perf_counter()
-    report: StageReport = find_method(stage.method).apply(model, stage.options, context)
+    with unfused(model):
+        report: StageReport = find_method(stage.method).apply(model, stage.options, context)
     mark(model)
     return report.model_copy(
         update={

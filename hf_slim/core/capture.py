@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from hf_slim.core.forward import device_of
+from hf_slim.core.forward import run_on
 from hf_slim.core.statistics import StopForward
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
@@ -55,13 +54,6 @@ def own_share(windows: Tensor) -> list[Tensor]:
     return list(own.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-def forward(model: nn.Module, ids: Tensor) -> None:
-    """One pass without a cache (blocks run again and again) and, where possible, without computing all logits."""
-    accepted = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    model(input_ids=ids.to(device_of(model)), **options)
-
-
 def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor, last: str) -> dict[str, Any]:
     """Arguments that each of `blocks` is handed, in a pass that ends before block `last`."""
     seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -71,7 +63,7 @@ def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor, last: str) -
     ]
     try:
         with suppress(StopForward):
-            forward(model, batch)
+            run_on(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,8 @@ forward, run on small numbers, puts out what ours does. What is not understood i
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -162,6 +163,16 @@ def fuse(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts) and module.is_dense():
             _put(model, name, module.fused())
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Experts are layers like any other inside; afterwards those that are all dense are stock modules again."""
+    unfuse(model)
+    try:
+        yield
+    finally:
+        fuse(model)
 
 
 def unseen(model: nn.Module) -> list[str]:

@@ -46,10 +46,30 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def run_on(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Any:
+    """What the model puts out for token windows, without a cache.
+
+    The decoder of an encoder-decoder is fed the same windows, moved by one as in training: it predicts token i of the
+    window from those before it, and looks at the encoded window.
+    """
+    ids = ids.to(device_of(model))
+    options: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and accepts(model, "decoder_input_ids"):
+        options["decoder_input_ids"] = _shift_right(model, ids)
+    return model(input_ids=ids, **options)
+
+
+def _shift_right(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """Windows that begin with the decoder's start token and lack their last one."""
+    config: Any = model.config
+    known = (getattr(config, f"{kind}_token_id", None) for kind in ("decoder_start", "bos", "pad"))
+    start = next((token for token in known if token is not None), 0)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
 def logits_of(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "*shape classes"]:
     """The model's logits in its own dtype: [batch, length, vocabulary], or [batch, classes] of a classifier."""
-    options: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
-    return model(input_ids=ids.to(device_of(model)), **options).logits
+    return run_on(model, ids).logits
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from hf_slim.core.errors import DataError, ModelError
+from hf_slim.core.experts import unfuse
 from hf_slim.integration.transformers import QUANT_METHOD, SlimConfig, SlimQuantizer
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "*.gguf")
@@ -67,7 +68,10 @@ class ModelSource:
             raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device; layers that are stored encoded are encoded in it."""
+        """The model without weights, on the meta device.
+
+        Layers that are stored encoded are encoded in it; experts are linear layers of their own.
+        """
         config = self.load_config()
         stored = getattr(config, "quantization_config", None)
         if stored is not None and stored.get("quant_method") != QUANT_METHOD and not self.where().get("gguf_file"):
@@ -81,6 +85,7 @@ class ModelSource:
             model = cls._from_config(config, dtype=dtype or torch.float32)
         if stored is not None and stored.get("quant_method") == QUANT_METHOD:
             SlimQuantizer(SlimConfig(**stored))._process_model_before_weight_loading(model)
+        unfuse(model)
         return model
 
     def load(self) -> PreTrainedModel:
