@@ -57,6 +57,9 @@ RULES = Rules(
 )
 
 
+FALLBACK = "rounded to nearest"
+
+
 class Config(rtn.Config):
     """Options of `quantize.gptq`."""
 
@@ -165,7 +168,11 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     rows += walk(
         model, list(layers.values()), windows, solver, context, sequential=config.true_sequential, weights=weights
     )
-    return StageReport(layers=rows, notes=[f"{row.name}: {note}" for row in rows for note in row.notes])
+    return StageReport(
+        layers=rows,
+        metrics={"rounded_to_nearest": sum(note.startswith(FALLBACK) for row in rows for note in row.notes)},
+        notes=[f"{row.name}: {note}" for row in rows for note in row.notes],
+    )
 
 
 def solve(
@@ -237,7 +244,7 @@ def _quantize_rows(
 def _rounded(
     layers: list[Layer], weights: list[Tensor], masks: list[Tensor | None], config: Config, why: str
 ) -> dict[str, Solution]:
-    notes = (f"rounded to nearest: {why}",)
+    notes = (f"{FALLBACK}: {why}",)
     return {
         layer.name: Solution(rtn.encode(W, layer, config, keep), {}, notes)
         for layer, W, keep in zip(layers, weights, masks, strict=True)
