@@ -66,9 +66,11 @@ def test_each_type_takes_the_grids_whose_levels_it_has():
     def fitting(kind: str, symmetric: bool) -> list[int]:
         return [bits for bits in range(1, 9) if steps_fit(Affine(bits=bits, symmetric=symmetric), kind)]
 
-    assert fitting("q4_0", True) == [1, 2, 3, 4] and fitting("q4_0", False) == [1, 2, 3]
+    assert fitting("q4_0", True) == [1, 2, 3, 4]
+    assert fitting("q4_0", False) == [1, 2, 3]
     assert fitting("q4_1", True) == fitting("q4_1", False) == [1, 2, 3, 4]
-    assert fitting("q8_0", True) == list(range(1, 9)) and fitting("q8_0", False) == list(range(1, 8))
+    assert fitting("q8_0", True) == list(range(1, 9))
+    assert fitting("q8_0", False) == list(range(1, 8))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,8 @@ def test_pruned_weights_stay_zero(bits: int, symmetric: bool, centered: bool):
     encoding, tensors, keep = affine(bits, 32, symmetric, survivors=200, centered=centered)
     decoded = reference.decode(packed(encoding, tensors, "q4_0"), "q4_0")
     np.testing.assert_array_equal(decoded, encoding.decode(tensors, 6, 96).numpy())
-    assert keep is not None and not decoded[~keep.numpy()].any()
+    assert keep is not None
+    assert not decoded[~keep.numpy()].any()
 
 
 def test_rows_change_places_with_their_scales():
