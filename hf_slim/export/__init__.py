@@ -11,4 +11,4 @@ has, its module offers
 - `apply`, which is `files.write_export` of that function.
 """
 
-METHODS: tuple[str, ...] = ()
+METHODS = ("compressed_tensors", "gguf")
