@@ -1,3 +1,3 @@
 """Quantization: store weights in fewer bits."""
 
-METHODS = ("rtn", "gptq", "qat", "scales")
+METHODS = ("rtn", "hqq", "gptq", "qat", "scales")

@@ -21,6 +21,7 @@ those 80, for a fifth of the work. Scales are rounded to their stored type befor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -62,19 +63,15 @@ def fit_grid(
         Scales in `scale_dtype`, and integer zero points. No scale is zero, subnormal or infinite: groups too small
         (all zero, say) or too large for `scale_dtype` get its smallest normal or largest number.
     """
-    tiles = _by_group(W.float() if keep is None else W.float() * keep, group_size)
-    groups, size, rows = tiles.shape
-    weight = None if importance is None else _by_group(importance.float()[None], group_size)
+    grouped = by_group(W.float() if keep is None else W.float() * keep, group_size)
+    groups, _, rows = grouped.shape
+    weight = None if importance is None else by_group(importance.float()[None], group_size)
     scales = torch.empty(groups, rows, dtype=scale_dtype, device=W.device)
     zeros = torch.empty(groups, rows, dtype=torch.uint8, device=W.device)
-    high, wide = max(1, _TILE // (size * rows)), max(1, _TILE // size)
-    for g in range(0, groups, high):
-        for r in range(0, rows, wide):
-            here = slice(g, g + high), slice(r, r + wide)
-            tile = tiles[here[0], :, here[1]].contiguous()
-            best = _Search(tile, bits, scale_dtype, None if weight is None else weight[here[0]])
-            (_fit_symmetric if symmetric else _fit_asymmetric)(best, clip)
-            scales[here], zeros[here] = best.scale[:, 0].to(scale_dtype), best.zero[:, 0].to(torch.uint8)
+    for here, tile in tiles(grouped):
+        best = _Search(tile, bits, scale_dtype, None if weight is None else weight[here[0]])
+        (_fit_symmetric if symmetric else _fit_asymmetric)(best, clip)
+        scales[here], zeros[here] = best.scale[:, 0].to(scale_dtype), best.zero[:, 0].to(torch.uint8)
     return scales.t().contiguous(), zeros.t().contiguous()
 
 
@@ -110,7 +107,7 @@ def spread(per_group: Float[Tensor, "rows groups"], cols: int, group_size: int |
     return per_group.repeat_interleave(group_size or cols, dim=1)[:, :cols]
 
 
-def _by_group(W: Float[Tensor, "rows cols"], group_size: int | None) -> Float[Tensor, "groups size rows"]:
+def by_group(W: Float[Tensor, "rows cols"], group_size: int | None) -> Float[Tensor, "groups size rows"]:
     """Group-major, rows innermost, so that work on all rows is contiguous.
 
     The last group is filled up with zeros, which belong to every range and cost no error: they change nothing.
@@ -118,6 +115,22 @@ def _by_group(W: Float[Tensor, "rows cols"], group_size: int | None) -> Float[Te
     rows, cols = W.shape
     size = min(group_size or cols, cols)
     return F.pad(W, (0, -cols % size)).t().contiguous().view(-1, size, rows)
+
+
+def tiles(grouped: Float[Tensor, "groups size rows"]) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Whole groups, a cacheful at a time: where they lie among groups and rows, and a contiguous copy of them."""
+    groups, size, rows = grouped.shape
+    high, wide = max(1, _TILE // (size * rows)), max(1, _TILE // size)
+    for g in range(0, groups, high):
+        for r in range(0, rows, wide):
+            here = slice(g, g + high), slice(r, r + wide)
+            yield here, grouped[here[0], :, here[1]].contiguous()
+
+
+def storable(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """A signed scale as `scale_dtype` holds it, in float32; never zero, subnormal or infinite."""
+    info = torch.finfo(scale_dtype)
+    return scale.abs().clamp_(info.smallest_normal, info.max).to(scale_dtype).float().copysign_(scale)
 
 
 class _Search:
@@ -131,9 +144,7 @@ class _Search:
         self.scratch = torch.empty_like(tile)
 
     def storable(self, scale: Tensor) -> Tensor:
-        info = torch.finfo(self.scale_dtype)
-        stored = scale.abs().clamp_(info.smallest_normal, info.max).to(self.scale_dtype)
-        return stored.float().copysign_(scale)
+        return storable(scale, self.scale_dtype)
 
     def start(self, scale: Tensor, zero: Tensor) -> None:
         self.scale, self.zero = self.storable(scale), zero

@@ -10,7 +10,9 @@ W [rows, cols]; codes [rows, cols]; scales and zeros [rows, ceil(cols / group_si
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -40,17 +42,24 @@ class Embeddings(MethodConfig):
     symmetric: bool = False
 
 
-class Config(MethodConfig):
-    """Options of `quantize.rtn`."""
+class GridConfig(MethodConfig):
+    """What all methods that round to the affine grid take."""
 
-    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "clip")
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric")
 
     bits: int = Field(4, ge=2, le=8, description="bits a code takes")
     group_size: int | None = Field(64, ge=1, description="columns that share a scale; null for one scale a row")
     symmetric: bool = Field(False, description="no stored zero points; the scale is signed")
-    clip: Clip = Field("mse", description="'mse' searches the range of least squared error, 'minmax' keeps all of it")
     layers: Select = Select()
     embeddings: Embeddings | None = Field(None, description="quantize the input embedding (and a tied head) too")
+
+
+class Config(GridConfig):
+    """Options of `quantize.rtn`."""
+
+    per_layer: ClassVar[tuple[str, ...]] = (*GridConfig.per_layer, "clip")
+
+    clip: Clip = Field("mse", description="'mse' searches the range of least squared error, 'minmax' keeps all of it")
 
 
 def quantize(
@@ -75,7 +84,7 @@ def quantize(
     return round_to_grid(kept, scales, zeros, bits, group_size), scales, zeros
 
 
-def encoding(layer: Layer, config: Config) -> Affine:
+def encoding(layer: Layer, config: GridConfig) -> Affine:
     """How a layer will be stored."""
     chosen = config.at(layer)
     if layer.kind == "embedding" and config.embeddings is not None:
@@ -90,11 +99,15 @@ def encoding(layer: Layer, config: Config) -> Affine:
 
 def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
     """Quantize one weight."""
-    stored, clip = encoding(layer, config), config.at(layer).clip
+    return encode_rows(W, encoding(layer, config), keep, partial(quantize, clip=config.at(layer).clip))
+
+
+def encode_rows(W: Float[Tensor, "rows cols"], stored: Affine, keep: Tensor | None, fit: Callable[..., Any]) -> Encoded:
+    """Quantize one weight by a function like `quantize`, some rows at a time."""
     chunk = max(1, _CHUNK // W.shape[1])
     masks = [None] * len(W.split(chunk)) if keep is None else keep.split(chunk)
     parts = [
-        quantize(part, stored.bits, stored.group_size, stored.symmetric, clip, mask)
+        fit(part, stored.bits, stored.group_size, stored.symmetric, keep=mask)
         for part, mask in zip(W.split(chunk), masks, strict=True)
     ]
     codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
