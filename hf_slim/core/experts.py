@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hf_slim.core.probe import FAILURES, numbers
+from hf_slim.core.probe import FAILURES, numbers, trying
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
@@ -128,6 +128,13 @@ class Experts(nn.Module):
         layers = [layer for n in range(self.layout.experts) for layer in self.expert(n).children()]
         return all(type(layer) is nn.Linear for layer in layers)
 
+    def settle(self) -> None:
+        """Give the layers that are still dense weights of their own: a view would keep the fused tensor in memory."""
+        for number in range(self.layout.experts):
+            for parameter in self.expert(number).parameters():
+                if parameter.untyped_storage().nbytes() != parameter.nbytes or not parameter.is_contiguous():
+                    parameter.data = parameter.data.contiguous().clone()
+
     def fused(self) -> nn.Module:
         """The stock module with the experts' weights.
 
@@ -159,10 +166,13 @@ def unfuse(model: nn.Module) -> list[str]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Put the stock module back wherever all of its experts are dense."""
+    """Put the stock module back wherever all of its experts are dense; elsewhere, let go of what was fused."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and module.is_dense():
-            _put(model, name, module.fused())
+        if isinstance(module, Experts):
+            if module.is_dense():
+                _put(model, name, module.fused())
+            else:
+                module.settle()
 
 
 @contextmanager
@@ -221,7 +231,7 @@ def _shapes(layout: Layout, inner: int, gate: bool) -> dict[str, tuple[int, ...]
     return shapes
 
 
-@torch.no_grad()
+@trying()
 def _agrees(module: nn.Module, layout: Layout) -> bool:
     """Whether the module's own forward, on two experts of four hidden units, puts out what ours does."""
     forward = getattr(type(module).forward, "__wrapped__", None)

@@ -7,6 +7,8 @@ nothing: an instance with a tiny weight is run, and what it puts out is compared
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -49,10 +51,19 @@ _SCALES = ("scalar_embed_scale", "embed_scale")  # the number comes first: a buf
 
 def numbers(*shape: int) -> Float[Tensor, "..."]:
     """The same small numbers every time."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+@contextmanager
+def trying() -> Iterator[None]:
+    """Real numbers and no gradients inside, also while Transformers builds a model on the meta device."""
+    with torch.device("cpu"), torch.no_grad():
+        yield
 
 
 @cache
+@trying()
 def _computes_linear(cls: type[nn.Linear]) -> bool:
     probe = cls.__new__(cls)
     nn.Module.__init__(probe)
@@ -63,6 +74,7 @@ def _computes_linear(cls: type[nn.Linear]) -> bool:
 
 
 @cache
+@trying()
 def _computes_scaled(cls: type[nn.Embedding]) -> bool:
     probe = cls.__new__(cls)
     nn.Module.__init__(probe)
@@ -74,7 +86,6 @@ def _computes_scaled(cls: type[nn.Embedding]) -> bool:
     return _same(probe, ids, 3.0 * probe.weight[ids])
 
 
-@torch.no_grad()
 def _same(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
     try:
         out = module(x)

@@ -302,6 +302,10 @@ def make_dense(model: PreTrainedModel) -> None:
         densify(model, name)
     if any(isinstance(m, TiedHead | TiedEmbedding) for m in model.modules()):
         raise ArtifactError("a tied head points to an embedding that is not part of the model")
+    if any(isinstance(m, Experts) for m in model.modules()):
+        model.__dict__.pop(
+            "_weight_conversions", None
+        )  # those of the artifact: the dense model saves as its class does
     fuse(model)
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
