@@ -1,3 +1,3 @@
 """Quantization: store weights in fewer bits."""
 
-METHODS = ("rtn", "hqq", "gptq", "qat", "scales")
+METHODS = ("rtn", "hqq", "gptq", "autoround", "blockwise", "awq", "smoothquant", "qat", "scales")
