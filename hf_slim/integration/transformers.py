@@ -261,7 +261,7 @@ def _stored_layers(model: PreTrainedModel, config: SlimConfig) -> dict[str, str]
 def mark(model: PreTrainedModel) -> None:
     """Give the model the `quantization_config` that describes its encoded layers, so that it saves and loads.
 
-    A model without any is marked as a plain one. Experts that are all dense are fused again.
+    A model without any is marked as a plain one, unless another quantizer (bitsandbytes) holds it. Experts that are all dense are fused again.
     """
     fuse(model)
     encodings: list[dict[str, Any]] = []
@@ -275,7 +275,8 @@ def mark(model: PreTrainedModel) -> None:
                 encodings.append(description)
             modules[name] = encodings.index(description)
     if not modules:
-        _unmark(model)
+        if getattr(model, "quantization_method", QUANT_METHOD) == QUANT_METHOD:
+            _unmark(model)
         return
     quantizer = SlimQuantizer(SlimConfig(encodings=encodings, modules=modules), pre_quantized=True)
     model.hf_quantizer = quantizer  # pyright: ignore
