@@ -204,6 +204,7 @@ def place_problems(stages: tuple[Stage, ...]) -> list[str]:
 _LOSSES = {
     "codes": "it trains weights, and those are stored as integer codes by then",
     "zeros": "it would fill the pruned zeros again",
+    "foreign": "the model is stored in bitsandbytes' own form by then, which nothing else changes",
 }
 
 

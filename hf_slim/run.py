@@ -114,6 +114,7 @@ def _run_stages(
         tokenizer=tokenizer,
         windows=_by_role(windows),
         load_original=lambda: plan.source.load().to(device()),
+        source=plan.source,
         progress=progress,
         out=workspace.exports,
     )

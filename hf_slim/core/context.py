@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.errors import PlanError
+from hf_slim.core.model import ModelSource
 from hf_slim.core.progress import Progress
 
 
@@ -24,6 +25,7 @@ class Context:
         tokenizer: the model's, or None.
         windows: loads token windows [samples, length] of a role: "calibration", "train" or "held_out".
         load_original: loads the uncompressed model, for teachers and comparisons.
+        source: where the uncompressed model is found, for a teacher that is to be loaded in another form.
         progress: progress bars.
         blocks: where the walk keeps finished blocks, so that a killed run goes on from there; None for nowhere.
         work: a folder for a stage's own files (trainer checkpoints), kept until the stage is done; None for a
@@ -36,6 +38,7 @@ class Context:
     tokenizer: Any = None
     windows: Callable[[str], Tensor] | None = None
     load_original: Callable[[], PreTrainedModel] | None = None
+    source: ModelSource | None = None
     progress: Progress = field(default_factory=Progress)
     blocks: Path | None = None
     work: Path | None = None

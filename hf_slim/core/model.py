@@ -17,6 +17,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_slim.core.errors import DataError, ModelError
 from hf_slim.core.experts import unfuse
@@ -88,16 +89,20 @@ class ModelSource:
         unfuse(model)
         return model
 
-    def load(self) -> PreTrainedModel:
+    def load(self, quantization: QuantizationConfigMixin | None = None) -> PreTrainedModel:
         """The model with its weights, in eval mode.
+
+        Args:
+            quantization: how Transformers is to quantize the weights as they arrive.
 
         Raises:
             ModelError: it cannot be found or read, a file is damaged, or weights are missing.
         """
         where = self.where()
         cls = model_class(self.load_config())
+        options = {} if quantization is None else {"quantization_config": quantization}
         try:
-            loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True)
+            loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True, **options)
             model, info = loaded
         except SafetensorError as error:
             raise ModelError(f"model {self.name!r}: a weights file is damaged ({error}); download it again") from error

@@ -33,7 +33,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Buffers (rotary tables, scales) are left alone. Layers that are encoded meanwhile end up in the dtype that the
     model's parameters had before.
     """
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}  # not bitsandbytes' codes
     encoded = {name: m.compute_dtype for name, m in model.named_modules() if isinstance(m, EncodedModule)}
     usual = next(iter([*dtypes.values(), *encoded.values()]), dtype)
     if all(found == dtype for found in [*dtypes.values(), *encoded.values()]):
@@ -50,7 +50,8 @@ def _cast(
     model: nn.Module, parameters: dict[str, torch.dtype], modules: dict[str, torch.dtype], usual: torch.dtype
 ) -> None:
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(parameters.get(name, usual))
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(parameters.get(name, usual))
     for name, module in model.named_modules():
         if isinstance(module, EncodedModule):
             module.compute_in(modules.get(name, usual))

@@ -26,6 +26,7 @@ from hf_slim.core.select import Layer
 from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.integration.bitsandbytes import check_installed, make_config
 from hf_slim.methods import find_method
 
 RULES = Rules(needs=("train", "original"), preserves=("zeros",), paper="Hinton et al. 2015, arXiv:1503.02531")
@@ -36,6 +37,9 @@ class Config(TrainingOptions):
 
     student: Literal["self"] = Field("self", description="the model as the stages before left it")
     teacher: str | None = Field(None, description="Hub id or folder; the original model if not given")
+    teacher_quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="load the teacher through bitsandbytes, to save memory"
+    )
     temperature: float = Field(2.0, gt=0, description="both models' logits are divided by it")
     alpha: float = Field(1.0, ge=0, le=1, description="share of the distillation loss; the label loss has the rest")
     divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
@@ -55,15 +59,34 @@ class Config(TrainingOptions):
 
 def plan(layers: dict[str, Layer], config: Config) -> dict[str, Layer]:
     """The layers that `during` re-encodes, as they will be stored."""
+    if config.teacher_quantization is not None:
+        check_installed()
     changed: dict[str, Layer] = {}
     for stage in config.during:
         changed |= plan_layers(layers | changed, find_method(stage.method), stage.options)
     return changed
 
 
+def load_teacher(config: Config, context: Context) -> PreTrainedModel:
+    """The teacher, as the options ask for it.
+
+    Raises:
+        PlanError: a teacher that is in memory already is to be quantized.
+    """
+    source = context.source if config.teacher is None else ModelSource(config.teacher)
+    if config.teacher_quantization is not None:
+        if source is None:
+            raise PlanError(
+                "teacher_quantization works while a teacher is loaded: give teacher: a Hub id or folder, or load the "
+                "original with quantization_config=BitsAndBytesConfig(...) yourself"
+            )
+        return source.load(make_config(config.teacher_quantization))
+    return context.original if config.teacher is None else ModelSource(config.teacher).load()
+
+
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Train the model against its teacher."""
-    teacher = context.original if config.teacher is None else ModelSource(config.teacher).load()
+    teacher = load_teacher(config, context)
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
     with in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device)):

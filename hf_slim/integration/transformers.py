@@ -261,7 +261,8 @@ def _stored_layers(model: PreTrainedModel, config: SlimConfig) -> dict[str, str]
 def mark(model: PreTrainedModel) -> None:
     """Give the model the `quantization_config` that describes its encoded layers, so that it saves and loads.
 
-    A model without any is marked as a plain one, unless another quantizer (bitsandbytes) holds it. Experts that are all dense are fused again.
+    A model without any is marked as a plain one, unless another quantizer (bitsandbytes) holds it. Experts that are all
+    dense are fused again.
     """
     fuse(model)
     encodings: list[dict[str, Any]] = []

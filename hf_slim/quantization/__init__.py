@@ -1,3 +1,3 @@
 """Quantization: store weights in fewer bits."""
 
-METHODS = ("rtn", "hqq", "gptq", "autoround", "blockwise", "awq", "smoothquant", "qat", "scales")
+METHODS = ("rtn", "hqq", "bnb", "gptq", "autoround", "blockwise", "awq", "smoothquant", "qat", "scales")
