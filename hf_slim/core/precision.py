@@ -12,18 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from hf_slim.core.arithmetic import fast_dtype
 from hf_slim.encodings.modules import EncodedModule
 
-
-def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: `dtype`, or float32 where the CPU has no arithmetic for it."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    if dtype == torch.bfloat16:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = torch.cpu._is_amx_fp16_supported()
-    return dtype if native else torch.float32
+__all__ = ["fast_dtype", "in_dtype"]
 
 
 @contextmanager

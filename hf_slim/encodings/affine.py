@@ -13,6 +13,7 @@ its zero points each fill whole bytes. Of a pruned weight only the survivors' co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -23,6 +24,10 @@ from torch import Tensor
 from hf_slim.encodings.base import DTYPES, Encoding, TensorSpec
 from hf_slim.encodings.codes import code_layout, load_codes, store_codes
 from hf_slim.encodings.packing import pack, packed_bytes, unpack
+
+# Weights decoded at a time: 4 MB of float32 stay in the cache, and the allocator hands the same pages out again.
+# 8 bits to float32, 5632 x 2048, one thread: 2 ms in such runs, 40 ms in one piece (fresh pages).
+RUN = 1 << 20
 
 
 class Affine(Encoding):
@@ -93,8 +98,15 @@ class Affine(Encoding):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Float[Tensor, "rows cols"]:
         codes, keep = load_codes(tensors, self.bits, rows, cols, self.survivors)
-        W = self._dequantize(codes, tensors)
+        W = self.dequantize(codes, tensors)
         return W if keep is None else W.masked_fill_(~keep, 0.0)
+
+    def runs(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Iterator[tuple[slice, Tensor]]:
+        if self.survivors is not None:
+            yield from super().runs(tensors, rows, cols)
+            return
+        for run in row_runs(rows, cols):
+            yield run, self.decode({name: t[run] for name, t in tensors.items()}, run.stop - run.start, cols)
 
     def take(self, tensors: dict[str, Tensor], ids: Int[Tensor, "n"], rows: int, cols: int) -> Float[Tensor, "n cols"]:
         if self.survivors is not None:
@@ -109,14 +121,11 @@ class Affine(Encoding):
         activations = "" if self.activations is None else f", {self.activations} activations"
         return f"{self.bits}-bit {group}{grid}{sparse}{activations}"
 
-    def _dequantize(self, codes: UInt8[Tensor, "rows cols"], tensors: dict[str, Tensor]) -> Float[Tensor, "rows cols"]:
+    def dequantize(self, codes: UInt8[Tensor, "rows cols"], tensors: dict[str, Tensor]) -> Float[Tensor, "rows cols"]:
+        """(code - zero) * scale, with the scales and zero points among the stored tensors."""
         rows, cols = codes.shape
-        scales = tensors["scales"].float()
         groups = self.groups(cols)
-        if self.symmetric:
-            zeros = torch.full_like(scales, (2**self.bits - 1) / 2 if self.centered else 2 ** (self.bits - 1))
-        else:
-            zeros = unpack(tensors["zeros"], self.bits, groups).float()
+        scales, zeros = tensors["scales"].float(), self.zero_points(tensors, groups)
         size = self.group_size or cols
         W = codes.float()
         whole = cols // size
@@ -125,3 +134,17 @@ class Affine(Encoding):
         if whole < groups:
             W[:, whole * size :].sub_(zeros[:, whole:]).mul_(scales[:, whole:])
         return W
+
+    def zero_points(self, tensors: dict[str, Tensor], groups: int) -> Float[Tensor, "rows groups"]:
+        """The stored zero points, or the middle of the range."""
+        if self.symmetric:
+            middle = (2**self.bits - 1) / 2 if self.centered else 2 ** (self.bits - 1)
+            return torch.full_like(tensors["scales"], middle, dtype=torch.float32)
+        return unpack(tensors["zeros"], self.bits, groups).float()
+
+
+def row_runs(rows: int, cols: int, multiple: int = 64) -> Iterator[slice]:
+    """Consecutive runs of rows, about `RUN` weights each."""
+    step = max(1, RUN // (cols * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))

@@ -9,6 +9,7 @@ reports missing weights instead of computing garbage from integer codes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -53,6 +54,10 @@ class Encoding(BaseModel, ABC):
     def take(self, tensors: dict[str, Tensor], ids: Int[Tensor, "n"], rows: int, cols: int) -> Tensor:
         """Rows `ids` of the weight, [n, cols]. Encodings whose rows are stored apart read just these."""
         return self.decode(tensors, rows, cols)[ids]
+
+    def runs(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in runs of rows, each with its place: all at once where rows are not stored apart."""
+        yield slice(0, rows), self.decode(tensors, rows, cols)
 
     def nbytes(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         """Bytes stored for a weight [rows, cols], everything counted."""

@@ -7,16 +7,19 @@ treat them as such; `.weight` decodes on demand and is no parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_slim.core.arithmetic import fast_dtype
 from hf_slim.core.errors import SlimError
 from hf_slim.encodings.activations import quantize_tokens
+from hf_slim.encodings.affine import row_runs
 from hf_slim.encodings.base import Encoding
+from hf_slim.encodings.kernels import FEW_ROWS, Packed, kernel_for
 
 
 class DecodedWeight(Tensor):
@@ -63,6 +66,10 @@ class EncodedModule(nn.Module):
 
     Buffers keep their stored dtype through `.to(dtype)`, `.half()` and the like: codes and scales were chosen for it.
     Trainable tensors (the survivors of a sparse weight) are parameters and follow the model's dtype.
+
+    A packed kernel wants the codes in a layout of its own. The first product of a few rows brings them into it, and
+    the stored codes are dropped; whoever asks for these (state dict, copy, pickle, move, `tensors()`) gets them back
+    bit for bit, and the packed form goes. Embeddings whose rows cannot be read from the packed form keep both.
     """
 
     _is_hf_initialized = True  # Transformers must not draw these at random
@@ -72,6 +79,8 @@ class EncodedModule(nn.Module):
     compute_dtype: torch.dtype
     _cache: Tensor | None
     _cached_versions: list[int]
+    _packed: Packed | None = None
+    _packed_stamp: tuple[tuple[int, int], ...]
 
     def _hold(self, encoding: Encoding, rows: int, cols: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.encoding, self.rows, self.cols, self.compute_dtype = encoding, rows, cols, dtype
@@ -89,6 +98,7 @@ class EncodedModule(nn.Module):
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Take over stored tensors, which must have the layout that the encoding announces."""
+        self.unpack()
         for name, spec in self.encoding.layout(self.rows, self.cols, self.compute_dtype).items():
             got = tensors[name]
             if tuple(got.shape) != spec.shape or got.dtype != spec.dtype:
@@ -100,15 +110,111 @@ class EncodedModule(nn.Module):
         kept = self._kept(dtype)
         if kept is not None:
             return kept
-        return self.encoding.decode(self.tensors(), self.rows, self.cols).to(dtype)
+        if self._trains():
+            return self.encoding.decode(self.tensors(), self.rows, self.cols).to(dtype)
+        runs = self._runs()
+        place, run = next(runs)
+        if len(run) == self.rows:
+            return run.to(dtype)
+        W = run.new_empty(self.rows, self.cols, dtype=dtype)
+        W[place] = run
+        for place, run in runs:
+            W[place] = run
+        return W
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b for x [..., cols]."""
-        if getattr(self.encoding, "activations", None) is None:
+        if self._integer_activations:
+            q, scale = quantize_tokens(x)
+            y = self._multiply(q, None, x.dtype) * scale
+            return (y if bias is None else y + bias).to(x.dtype)
+        return self._multiply(x, bias, x.dtype)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, precision: torch.dtype) -> Tensor:
+        """x Wᵀ + b, as plainly as dense layers do it where Autograd or autocast have to see it. Else by a packed kernel
+        for a few rows; for many, with runs of decoded rows, in a dtype that the processor is fast in. Numbers may be
+        rounded to `precision`.
+        """
+        if torch.is_autocast_enabled(x.device.type) or (
+            torch.is_grad_enabled() and (x.requires_grad or self._trains())
+        ):
             return F.linear(x, self.decoded(x.dtype), bias)
-        q, scale = quantize_tokens(x)
-        y = F.linear(q, self.decoded(torch.float32)) * scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        flat = x.reshape(-1, self.cols)
+        kept = self._kept(precision)
+        if kept is not None:
+            y = F.linear(flat.to(precision), kept, bias)
+        elif len(flat) <= FEW_ROWS and (packed := self._pack(precision, x.device)) is not None:
+            y = packed.product(flat) if bias is None else packed.product(flat) + bias
+        else:
+            dtype = fast_dtype(precision, x.device)
+            y, wide, b = x.new_empty(len(flat), self.rows), flat.to(dtype), None if bias is None else bias.to(dtype)
+            for place, run in self._runs():
+                y[:, place] = F.linear(wide, run.to(dtype), None if b is None else b[place])
+        return y.view(*x.shape[:-1], self.rows)
+
+    @property
+    def _integer_activations(self) -> bool:
+        return getattr(self.encoding, "activations", None) is not None
+
+    def _pack(self, dtype: torch.dtype, device: torch.device) -> Packed | None:
+        """The packed form, if there is a kernel for activations of `dtype`; it is made once."""
+        if self._packed is not None and self._packed_stamp == self._stamp() and dtype in self._packed.dtypes:
+            return self._packed
+        kernel = kernel_for(self.encoding, self.cols, dtype, device)
+        if kernel is None:
+            return None
+        self.unpack()
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive inference mode
+            packed = kernel(self.encoding, self.tensors(), self.rows, self.cols)  # pyright: ignore[reportArgumentType]
+        if packed.reversible and (packed.by_row or not isinstance(self, nn.Embedding)):
+            del self._buffers["codes"]
+        self.register_buffer("packed", packed.weight, persistent=False)
+        self._packed, self._packed_stamp = packed, self._stamp()
+        return packed
+
+    def unpack(self) -> None:
+        """Bring the stored codes back, and drop the packed form."""
+        if self._packed is None:
+            return
+        packed, self._packed = self._packed, None
+        del self._buffers["packed"]
+        if "codes" not in self._buffers:
+            with torch.inference_mode(False), torch.no_grad():
+                stored = {"codes": packed.stored_codes(), **self._buffers}
+            self._buffers.clear()
+            self._buffers.update(stored)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "codes" and name not in self._buffers:
+            self.unpack()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()  # the layout is this processor's
+        return self.__dict__.copy()
+
+    def _runs(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in runs of rows, from whichever form the codes are in."""
+        if self._packed is None or "codes" in self._buffers:
+            yield from self.encoding.runs(self.tensors(), self.rows, self.cols)
+            return
+        encoding = self._packed.encoding
+        for place in row_runs(self.rows, self.cols):
+            yield place, encoding.dequantize(self._packed.codes(place), self._grid(place))
+
+    def _grid(self, rows: slice | Tensor) -> dict[str, Tensor]:
+        return {name: tensor[rows] for name, tensor in self._buffers.items() if name in ("scales", "zeros")}  # pyright: ignore
+
+    def _stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a stored tensor does."""
+        return tuple((id(t), 0 if t.is_inference() else t._version) for t in self._buffers.values() if t is not None)
+
+    def _trains(self) -> bool:
+        """Whether gradients are wanted for what is stored."""
+        if not torch.is_grad_enabled():
+            return False
+        stored = [*self._parameters.items(), *self._buffers.items()]
+        return any(t is not None and t.requires_grad for name, t in stored if name != "bias")
 
     def cache_decoded(self, on: bool = True) -> None:
         """Decode once and keep the dense weight (dense speed, dense memory), or drop it again."""
@@ -127,8 +233,7 @@ class EncodedModule(nn.Module):
         """The weight that `cache_decoded` kept, unless it is not what is stored: other dtype, or trained since."""
         if self._cache is None or self._cache.dtype != dtype or self._cached_versions != self._versions():
             return None
-        trains = torch.is_grad_enabled() and any(getattr(self, name).requires_grad for name in self.encoding.trainable)
-        return None if trains else self._cache
+        return None if self._trains() else self._cache
 
     def _versions(self) -> list[int]:
         trainable = [getattr(self, name) for name in self.encoding.trainable]
@@ -141,12 +246,13 @@ class EncodedModule(nn.Module):
 
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(t.nbytes for t in self.tensors().values())
+        return self.encoding.nbytes(self.rows, self.cols, self.compute_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.cols}, {self.encoding.describe()}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        self.unpack()
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -158,7 +264,12 @@ class EncodedModule(nn.Module):
         self.compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
         return self
 
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.unpack()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args, **kwargs):
+        self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
         if self._cache is not None:
             self.cache_decoded()
@@ -213,8 +324,13 @@ class EncodedEmbedding(EncodedModule, nn.Embedding):
         kept = self._kept(self.compute_dtype)
         if kept is not None:
             return kept[ids]
-        rows = self.encoding.take(self.tensors(), ids.flatten(), self.rows, self.cols)
+        rows = self._take(ids.flatten())
         return rows.to(self.compute_dtype).view(*ids.shape, self.cols)
+
+    def _take(self, ids: Tensor) -> Tensor:
+        if self._packed is None or "codes" in self._buffers:
+            return self.encoding.take(self.tensors(), ids, self.rows, self.cols)
+        return self._packed.encoding.dequantize(self._packed.codes(ids), self._grid(ids))
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: the weight arrives encoded."""

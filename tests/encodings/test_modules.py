@@ -203,7 +203,9 @@ def test_cached_equals_decoding_on_the_fly(kind, dtype):
     ids = torch.arange(ROWS)
 
     def same(dtype):
-        assert torch.equal(model["linear"](inputs(dtype)), plain["linear"](inputs(dtype)))
+        found, expected = (m["linear"](inputs(dtype)).double() for m in (model, plain))
+        rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps  # decoding computes in float32 where faster
+        torch.testing.assert_close(found, expected, rtol=0, atol=rounding * expected.abs().max().item())
         assert torch.equal(model["table"](ids), plain["table"](ids))
         assert torch.equal(model["linear"].weight, plain["linear"].weight)
 
