@@ -132,7 +132,7 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
             notes += [f"stage {number}, {stage.method}: {note}" for note in found]
     if problems:
         raise PlanError(problems)
-    notes = (*_notes(stages, recipe.stages), *unseen(skeleton), *notes)
+    notes = (*source.notes(), *_notes(stages, recipe.stages), *unseen(skeleton), *notes)
     return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), notes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from safetensors import SafetensorError
@@ -21,8 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_slim.core.errors import DataError, ModelError
 from hf_slim.core.experts import unfuse
+from hf_slim.core.imports import check_readable, dense_state, foreign, gguf_loss, lost
 from hf_slim.integration.transformers import QUANT_METHOD, SlimConfig, SlimQuantizer
 
+IMPORTED = ("*.safetensors", "*.json")  # what is fetched of a checkpoint that another program has quantized
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "*.gguf")
 
 
@@ -69,21 +72,15 @@ class ModelSource:
             raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device.
+        """The model without weights, on the meta device; dense where another program has quantized it.
 
         Layers that are stored encoded are encoded in it; experts are linear layers of their own.
         """
         config = self.load_config()
+        self._strip_foreign(config)
         stored = getattr(config, "quantization_config", None)
-        if stored is not None and stored.get("quant_method") != QUANT_METHOD and not self.where().get("gguf_file"):
-            raise ModelError(
-                f"model {self.name!r} is already quantized ({stored.get('quant_method')}); "
-                "start from the dense original"
-            )
-        cls = model_class(config)
-        dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         with torch.device("meta"):
-            model = cls._from_config(config, dtype=dtype or torch.float32)
+            model = model_class(config)._from_config(config, dtype=self._dtype_of(config))
         if stored is not None and stored.get("quant_method") == QUANT_METHOD:
             SlimQuantizer(SlimConfig(**stored))._process_model_before_weight_loading(model)
         unfuse(model)
@@ -98,8 +95,10 @@ class ModelSource:
         Raises:
             ModelError: it cannot be found or read, a file is damaged, or weights are missing.
         """
-        where = self.where()
-        cls = model_class(self.load_config())
+        where, config = self.where(), self.load_config()
+        cls, stored = model_class(config), None if _stays_quantized(config) else self._strip_foreign(config)
+        if stored is not None:
+            where = self._decoded(config, stored)
         options = {} if quantization is None else {"quantization_config": quantization}
         try:
             loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True, **options)
@@ -117,6 +116,39 @@ class ModelSource:
         if "gguf_file" in where:
             forget_gguf(model)
         return model.eval()
+
+    def notes(self) -> list[str]:
+        """What was lost before the model came here: it was quantized by another program.
+
+        Raises:
+            ModelError: by one whose checkpoints are not read.
+        """
+        path, config = self.path, self.load_config()
+        if path is not None and path.is_file():
+            return gguf_loss(path)
+        stored = self._strip_foreign(config)
+        return [] if stored is None else [lost(stored, self._dtype_of(config))]
+
+    def _dtype_of(self, config: PretrainedConfig) -> torch.dtype:
+        return (config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)) or torch.float32
+
+    def _strip_foreign(self, config: PretrainedConfig) -> dict[str, Any] | None:
+        """Take out of a config how another program has quantized the checkpoint: it is read as a dense one."""
+        stored = foreign(config)
+        if stored is None or self.where().get("gguf_file"):
+            return None
+        check_readable(stored, self.name)
+        del config.quantization_config
+        return stored
+
+    def _decoded(self, config: PretrainedConfig, stored: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that let `from_pretrained` load the decoded weights."""
+        name, revision = self.name, self.revision
+        folder = self.path or Path(snapshot_download(name, revision=revision, allow_patterns=IMPORTED))
+        with torch.device("meta"):
+            skeleton = model_class(config)._from_config(config)
+        state = dense_state(folder, stored, skeleton, self._dtype_of(config))
+        return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -193,6 +225,12 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _stays_quantized(config: PretrainedConfig) -> bool:
+    """Whether Transformers runs the checkpoint as it is stored: bitsandbytes', as `quantize.bnb` leaves one."""
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    return stored.get("quant_method") == "bitsandbytes"
 
 
 def _first_line(error: BaseException) -> str:

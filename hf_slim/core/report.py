@@ -95,6 +95,7 @@ class RunReport(BaseModel):
         recipe, plan: what was asked for, and what was foreseen.
         inputs: fingerprints of recipe, model, data and code.
         files: what the artifact consists of.
+        notes: what was lost before the run: the model came from a quantized checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -109,3 +110,4 @@ class RunReport(BaseModel):
     size: Size
     stages: list[StageReport]
     files: list[str] = []
+    notes: list[str] = []

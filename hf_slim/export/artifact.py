@@ -50,6 +50,7 @@ def write_artifact(
         versions=versions(),
         size=measure_size(plan, model, folder),
         stages=stages,
+        notes=plan.source.notes(),
     )
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     exported = [f"{EXPORTS}/{name}" for stage in stages for name in stage.files]

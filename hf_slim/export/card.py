@@ -66,6 +66,7 @@ def _table(report: RunReport) -> list[str]:
 def _provenance(report: RunReport) -> list[str]:
     notes = [f"- {stage.method}: {note}" for stage in report.stages for note in stage.notes]
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    notes = [f"- {note}" for note in report.notes] + notes
     return [f"Made with {versions}; seed {report.recipe.get('seed', 0)}. Details: `slim.json`.", *notes]
 
 

@@ -18,7 +18,7 @@ Transformers 5.23 cannot hold asymmetric layers compressed (zero points are pack
 `config.json` tells it to decode those while loading. It does so by one scheme for all layers; several are refused.
 
 Loaders keep scales in the model's dtype. Ours are float16, so in a bfloat16 model they lose three bits, 0.2 % at
-most, as much as rounding to bfloat16 costs any weight; `dtype: float16` writes the whole model in float16 and keeps them.
+most, as much as rounding to bfloat16 costs any weight; `dtype: float16` writes the whole model in float16 instead.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int8, Int32, UInt8
+from jaxtyping import Float, Int8, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,7 +46,8 @@ from hf_slim.encodings import Affine
 from hf_slim.encodings.base import DTYPES
 from hf_slim.encodings.codes import load_codes
 from hf_slim.encodings.modules import EncodedLinear, EncodedModule
-from hf_slim.encodings.packing import pack, unpack
+from hf_slim.encodings.packing import unpack
+from hf_slim.encodings.words import pack_words
 from hf_slim.export.files import write_export
 
 RULES = Rules()
@@ -65,18 +65,6 @@ class Config(MethodConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of scales and of what is not quantized; auto is the model's own"
     )
-
-
-def pack_words(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows words"]:
-    """Pack codes row by row into 32-bit words, the last one filled up with zero bits."""
-    packed = pack(codes, bits)
-    filled = F.pad(packed, (0, -packed.shape[1] % 4))
-    return filled.flatten().view(torch.int32).view(len(codes), -1)
-
-
-def unpack_words(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "rows cols"]:
-    """The first `cols` codes of each row of words."""
-    return unpack(words.flatten().view(torch.uint8).view(len(words), -1), bits, cols)
 
 
 def format_bits(bits: int) -> int:

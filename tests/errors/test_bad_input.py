@@ -243,7 +243,8 @@ def edit_config(**changes):
         (drop_weights, ["1 weights are not in its files", "model.layers.1.mlp.up_proj.weight"]),
         (edit_config(hidden_size=44), ["cannot load"]),
         (edit_config(hidden_size="many"), ["config", "hidden_size"]),
-        (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), ["already quantized (gptq)"]),
+        (edit_config(quantization_config={"quant_method": "bitsandbytes"}), ["bitsandbytes", "dense original"]),
+        (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), ["gptq", "no layer is stored so"]),
         (edit_config(architectures=["TheirModel"]), ["TheirModel", "code of their own"]),
         (
             edit_config(model_type="theirs", auto_map={"AutoConfig": "theirs.Config"}, architectures=["TheirModel"]),
@@ -264,6 +265,7 @@ def edit_config(**changes):
         "shapes",
         "config type",
         "other quantizer",
+        "falsely called quantized",
         "unknown class",
         "remote code",
     ],
