@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from hf_slim.core.context import Context
+from hf_slim.core.errors import ModelError
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.precision import in_dtype
 
@@ -45,6 +46,15 @@ class Windows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids[index]} | ({"labels": self.ids[index]} if self.labels else {})
+
+
+def require_loss(model: PreTrainedModel, method: str) -> None:
+    """Raises ModelError unless token windows are all that a model needs to compute its own loss."""
+    if not model.can_generate():
+        raise ModelError(
+            f"{method} trains a model on its own loss, and {type(model).__name__} has none on plain text; "
+            f"put it under distill.logits (during: [{method}]), or use its callback in a Trainer of your own"
+        )
 
 
 def train(

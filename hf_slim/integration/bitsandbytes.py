@@ -8,7 +8,7 @@ that Transformers applies to arriving weights, so that the model in memory is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -104,6 +104,19 @@ def others(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Names of the linear layers that are not among `names`."""
     chosen = set(names)
     return [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and n not in chosen]
+
+
+def check_modules(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that Transformers would leave dense without a word.
+
+    Raises:
+        PlanError: subclasses of `nn.Linear`, by name.
+    """
+    odd = [(name, type(m).__name__) for name, m in modules.items() if type(m) not in (nn.Linear, Conv1D)]
+    if odd:
+        raise PlanError(
+            [f"{name} is a {kind}, and bitsandbytes replaces nn.Linear itself only; exclude it" for name, kind in odd]
+        )
 
 
 @torch.no_grad()

@@ -40,10 +40,11 @@ from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.explain import explain
 from hf_slim.core.layers import plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.probe import is_plain_linear
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, train
+from hf_slim.core.training import TrainingOptions, require_loss, train
 from hf_slim.encodings import Sparse
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
 from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern, survivors
@@ -132,6 +133,7 @@ def store(model: PreTrainedModel, pruned: GradualMagnitudePruning) -> list[Layer
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Train the model on its own loss and prune it meanwhile."""
+    require_loss(model, "prune.gradual")
     pruning = callback(model, config)
     metrics = train(model, config.training, context, TrainingArguments, partial(Trainer, callbacks=[pruning]))
     rows = store(model, pruning)
@@ -260,7 +262,7 @@ def target_linears(model: nn.Module, select: Select) -> dict[str, nn.Module]:
     targets: dict[str, nn.Module] = {}
     for layer in select_layers(find_layers(model), select):
         module = model.get_submodule(layer.name)
-        if type(module) in (nn.Linear, Conv1D) and id(module.weight) not in taken:
+        if (type(module) is Conv1D or is_plain_linear(module)) and id(module.weight) not in taken:
             targets[layer.name] = module
             taken.add(id(module.weight))
     if not targets:

@@ -77,6 +77,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Quantize the chosen layers of a model; it is a bitsandbytes model afterwards."""
     layers = find_layers(model)
     planned = plan(layers, config)
+    bnb.check_modules({name: model.get_submodule(name) for name in planned})
     check_weights(model, [layers[name] for name in planned])
     before = {name: get_weight(model.get_submodule(name)) for name in planned}
     dtype = getattr(torch, config.compute_dtype)

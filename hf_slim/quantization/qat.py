@@ -36,7 +36,7 @@ from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, train
+from hf_slim.core.training import TrainingOptions, require_loss, train
 from hf_slim.encodings import Affine
 from hf_slim.integration.transformers import mark
 from hf_slim.quantization.fake import FakeWeight, Grid, Levels
@@ -99,6 +99,7 @@ def store(model: PreTrainedModel, trained: FakeQuantize) -> list[LayerReport]:
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Train the model on its own loss and quantize it meanwhile."""
+    require_loss(model, "quantize.qat")
     quantization = callback(model, config)
     metrics = train(model, config.training, context, TrainingArguments, partial(Trainer, callbacks=[quantization]))
     return StageReport(layers=store(model, quantization), metrics=metrics)
