@@ -32,7 +32,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Num, UInt8
 from torch import Tensor, nn
 
 from hf_slim.encodings import Affine
@@ -121,7 +121,7 @@ def storable(scales: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tenso
     return stored.float().copysign(scales)
 
 
-def grouped(W: Float[Tensor, "rows cols"], group_size: int | None) -> Float[Tensor, "rows groups size"]:
+def grouped(W: Num[Tensor, "rows cols"], group_size: int | None) -> Num[Tensor, "rows groups size"]:
     """Groups of columns apart, a view where possible; a shorter last group is filled up with zeros."""
     rows, cols = W.shape
     size = min(group_size or cols, cols)

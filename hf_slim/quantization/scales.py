@@ -126,7 +126,7 @@ class TunedScales(nn.Module):
         super().__init__()
         self.unit = 0.5 if encoding.centered else 1.0  # steps of a centered grid are halves
         self.group_size = encoding.group_size
-        self.scales = LearnedScales(tensors["scales"], rate=1.0)
+        self.scales = LearnedScales(tensors["scales"].clone(), rate=1.0)
         steps = encoding.decode({**tensors, "scales": torch.ones_like(tensors["scales"])}, rows, cols) / self.unit
         self.register_buffer(
             "steps", steps.to(torch.int8 if steps.abs().max() <= 127 else torch.int16), persistent=False
