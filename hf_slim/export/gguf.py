@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,27 +238,32 @@ def _entries(
     """Every tensor of the file; `errors` gets those of the weights that did not stay as they were."""
     config = model.config
     family = gguf_model.FAMILIES[config.model_type]
-
-    def called(parameter: str) -> str:
-        return gguf_model.tensor_name(family, config, parameter) or parameter
-
     for name in _matrices(layers):
-        layer, placed = layers[name], placements[name]
-
-        def matrix(layer: Layer = layer, placed: Placement = placed) -> np.ndarray:
-            order = gguf_model.row_order(family, config, f"{layer.name}.weight")
-            data, error = encode_layer(model, layer, placed, order)
-            if error > 0:
-                errors[layer.name] = error
-            return data
-
-        yield Entry(called(f"{name}.weight"), placed.type, (layer.rows, layer.cols), matrix)
-    for name, values in _vectors(model).items():
-        stored = gguf_model.vector(family, config, name, values.detach().cpu())
-        yield Entry(called(name), "f32", tuple(stored.shape), lambda stored=stored: stored.numpy())
+        layer, parameter = layers[name], f"{name}.weight"
+        order = gguf_model.row_order(family, config, parameter)
+        make = partial(_matrix, model, layer, placements[name], order, errors)
+        yield Entry(
+            str(gguf_model.tensor_name(family, config, parameter)),
+            placements[name].type,
+            (layer.rows, layer.cols),
+            make,
+        )
+    for parameter, values in _vectors(model).items():
+        stored = gguf_model.vector(family, config, parameter, values.detach().cpu())
+        yield Entry(str(gguf_model.tensor_name(family, config, parameter)), "f32", tuple(stored.shape), stored.numpy)
     divisors = gguf_model.rope_divisors(config)
     if divisors is not None:
         yield Entry("rope_freqs.weight", "f32", tuple(divisors.shape), divisors.numpy)
+
+
+def _matrix(
+    model: PreTrainedModel, layer: Layer, placed: Placement, order: Tensor | None, errors: dict[str, float]
+) -> np.ndarray:
+    """A weight as the file stores it; notes its error."""
+    data, error = encode_layer(model, layer, placed, order)
+    if error > 0:
+        errors[layer.name] = error
+    return data
 
 
 def encode_layer(
@@ -276,7 +282,8 @@ def encode_layer(
             return packed, 0.0
     else:
         W = _rows(module, order)
-        packed = gguf.quantize(W.numpy(), _ggml(placed.type))
+        with np.errstate(over="ignore"):  # infinities are found below
+            packed = gguf.quantize(W.numpy(), _ggml(placed.type))
     read = torch.from_numpy(gguf.dequantize(packed, _ggml(placed.type)))
     if not torch.isfinite(read).all():
         raise ArtifactError(
@@ -321,11 +328,11 @@ def _general(model: PreTrainedModel, family: gguf_model.Family, placements: dict
     """What the file says about itself."""
     kinds = [placed.type for placed in placements.values()]
     name = Path(model.config.name_or_path or "model").name
+    if name == "mistral":  # the one name that Transformers' reader takes for an architecture, with a window of its own
+        name = "Mistral"
     return {
         "general.type": "model",
-        "general.name": name.capitalize()
-        if name == "mistral"
-        else name,  # that very name changes Transformers' reading
+        "general.name": name,
         "general.quantized_by": "hf_slim",
         "general.file_type": int(gguf.LlamaFileType[f"MOSTLY_{max(kinds, key=kinds.count).upper()}"]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import gguf
@@ -67,7 +68,7 @@ _UNUSED = {  # options that change no logits of an evaluated model, or that are 
 
 def tensor_name(family: Family, config: PretrainedConfig, parameter: str) -> str | None:
     """GGUF's name of a parameter such as "model.layers.0.mlp.up_proj.weight"; None when it has none."""
-    names = gguf.get_tensor_name_map(family.architecture, config.num_hidden_layers)
+    names = _names(family.architecture, config.num_hidden_layers)
     return names.get_name(parameter, try_suffixes=(".weight", ".bias"))
 
 
@@ -170,6 +171,11 @@ def config_notes(config: PretrainedConfig) -> list[str]:
 def head_dim(config: PretrainedConfig) -> int:
     """Dimensions of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@cache
+def _names(architecture: gguf.MODEL_ARCH, blocks: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(architecture, blocks)
 
 
 def _unread(family: Family, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:

@@ -105,7 +105,7 @@ def test_asymmetric_four_bits_round_only_the_minimum(tmp_path):
     assert said[0] == planned
     assert said[1].startswith("14 layers (model.layers.0.self_attn.q_proj, ...) changed: relative squared error")
     again, ours = read(tmp_path), logits(model)
-    assert 0 < relative_error(ours, logits(again)) < 1e-6
+    assert 0 < relative_error(ours.flatten(0, 1), logits(again).flatten(0, 1)) < 1e-4
     for name in find_layers(model):
         weight = get_weight(model.get_submodule(name))
         assert relative_error(weight, again.state_dict()[f"{name}.weight"]) < 2**-20
@@ -182,7 +182,7 @@ def test_what_is_rounded_again_is_counted_and_measured(tmp_path):
 
 def test_small_codes_and_zeros_save_nothing_and_that_is_said(tmp_path):
     model = gguf_models.model("mistral")
-    compress(model, "prune.magnitude", sparsity=0.5)
+    compress(model, "prune.magnitude", sparsity=0.7)
     compress(model, "quantize.rtn", bits=2, group_size=32, symmetric=True)
     said = written(model, tmp_path, "sentencepiece")
     assert any("14 layers" in n and "fewer than 4 bits take no less room in the file" in n for n in said)

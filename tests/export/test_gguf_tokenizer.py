@@ -56,7 +56,7 @@ def test_every_row_of_the_embedding_has_a_token():
 
 
 def test_what_is_put_around_a_text_is_stated():
-    plain, both = described("gpt-2"), described("sentencepiece", add_eos_token=True)
+    plain, both = described("gpt-2"), described("sentencepiece", add_bos_token=True, add_eos_token=True)
     assert (plain["ggml.add_bos_token"], plain["ggml.add_eos_token"]) == (False, False)
     assert (both["ggml.add_bos_token"], both["ggml.add_eos_token"]) == (True, True)
     assert (plain["ggml.add_space_prefix"], both["ggml.add_space_prefix"]) == (False, True)
