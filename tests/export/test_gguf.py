@@ -295,5 +295,5 @@ def test_a_recipe_ends_with_the_file_or_without_a_trace(tmp_path):
 def test_a_strict_plan_refuses_before_anything_runs(tmp_path):
     place_ = runs.Place(tmp_path)
     with pytest.raises(PlanError, match="would be rounded again"):
-        run_recipe(place_.recipe(runs.GPTQ, "export.gguf: {strict: true}"), place_.out)
+        run_recipe(place_.recipe("quantize.rtn: {group_size: 16}", "export.gguf: {strict: true}"), place_.out)
     assert not place_.out.exists()
