@@ -30,9 +30,9 @@ from hf_slim.encodings.base import Encoding
 from hf_slim.encodings.packing import pack, unpack
 
 # Most rows of activations (tokens) that a packed kernel is used for; beyond, decoding once a call pays. A product of
-# 5632 x 2048 on one busy AVX2 core, decoded against packed, in ms: 32 rows 201 / 267 (8 bits a row), 197 / 239 (4 bits),
-# 342 / 426 (8 bits in groups); 64 rows 403 / 599, 501 / 450, 576 / 844. One row: decoding costs 20 times the kernel.
-FEW_ROWS = 32
+# 5632 x 2048 on one busy AVX2 core, packed against decoded, in ms: 32 rows 267 / 201 (8 bits a row), 239 / 197 (4 bits
+# in groups), 426 / 342 (8 bits in groups); 64 rows 599 / 403, 450 / 501, 844 / 576.
+FEW_ROWS = 16
 GROUPS = (256, 128, 64, 32)
 _BLOCK = 64  # rows are filled up to a multiple: every processor's layout consists of whole blocks then
 

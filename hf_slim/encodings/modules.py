@@ -248,6 +248,10 @@ class EncodedModule(nn.Module):
         """Bytes of the stored tensors."""
         return self.encoding.nbytes(self.rows, self.cols, self.compute_dtype)
 
+    def resident_bytes(self) -> int:
+        """Bytes that a product reads in the present form: packed, once a kernel has been used."""
+        return self.nbytes() if self._packed is None else self._packed.nbytes()
+
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.cols}, {self.encoding.describe()}"
 
