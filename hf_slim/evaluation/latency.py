@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError
-from hf_slim.core.forward import accepts, device_of, evaluating, is_causal, require_context
+from hf_slim.core.forward import accepts, device_of, evaluating, is_causal, require_context, run_on
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.encodings.modules import cache_decoded
@@ -156,7 +156,7 @@ def _run(model: nn.Module, ids: Int[Tensor, "1 length"], new_tokens: int) -> tup
     options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     if not is_causal(model):
         start = _now(ids.device)
-        model(input_ids=ids)
+        run_on(model, ids)
         return _now(ids.device) - start, None
     start = _now(ids.device)
     output = model(input_ids=ids, use_cache=True, **options)

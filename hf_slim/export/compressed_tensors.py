@@ -275,7 +275,8 @@ def export(model: PreTrainedModel, tokenizer: Any, folder: Path, config: Config)
     with torch.device("meta"):
         shell = type(model)._from_config(plain, dtype=_dtype(config, model))
     shell.config.quantization_config = quantization_config(model)
-    shell.generation_config = model.generation_config
+    if model.can_generate():
+        shell.generation_config = model.generation_config
     state = _state(model, config)
     _check_state(state, shell)
     shell.save_pretrained(folder, state_dict=state)
