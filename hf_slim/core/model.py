@@ -123,9 +123,10 @@ class ModelSource:
         Raises:
             ModelError: by one whose checkpoints are not read.
         """
-        path, config = self.path, self.load_config()
+        path = self.path
         if path is not None and path.is_file():
             return gguf_loss(path)
+        config = self.load_config()
         stored = self._strip_foreign(config)
         return [] if stored is None else [lost(stored, self._dtype_of(config))]
 

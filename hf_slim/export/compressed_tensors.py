@@ -41,7 +41,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ArtifactError
-from hf_slim.core.experts import fuse
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, find_layers
@@ -134,8 +133,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     """What goes into `config.json`.
 
     One scheme for all layers is said of the class Linear, with the dense ones ignored, as most readers expect it.
-    Several are said of layers by name: vLLM takes the class before the names where it has joined layers. So is one
-    where there are fused experts, which vLLM would take for Linear.
+    Several are said of layers by name: vLLM takes the class before the names where it has joined layers.
     """
     groups: list[tuple[dict[str, Any], list[str]]] = []
     dense = []
@@ -150,7 +148,6 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, nn.Linear):
             dense.append(name)
     formats = {found["format"] for found, _ in groups}
-    by_name = len(groups) > 1 or any(parameter.dim() == 3 for parameter in model.parameters())
     decode = {"dequantize": True} if any(_asymmetric(found) for found, _ in groups) else {}
     return {
         **decode,
@@ -158,7 +155,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": {
-            f"group_{i}": {"targets": names if by_name else ["Linear"], **found}
+            f"group_{i}": {"targets": names if len(groups) > 1 else ["Linear"], **found}
             for i, (found, names) in enumerate(groups)
         },
         "ignore": dense,
@@ -169,6 +166,10 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 
 def problems(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> list[str]:
     """What the format cannot hold, each kind of it once."""
+    if any(x.routed for x in layers.values()) or any(parameter.dim() == 3 for parameter in model.parameters()):
+        return [
+            "the model has fused experts, which Transformers 5.23 does not load from this format as they are written"
+        ]
     own = [layer for layer in layers.values() if layer.kind != "embedding" and layer.tied_to is None]
     encoded = [layer for layer in own if layer.encoding is not None]
     if not encoded:
@@ -194,8 +195,6 @@ def _too_many_schemes(encoded: list[Layer]) -> list[str]:
 
 def _problem(layer: Layer, model: PreTrainedModel) -> str | None:
     encoding, module = layer.encoding, model.get_submodule(layer.name)
-    if getattr(layer, "routed", False):
-        return "experts are read in other ways by every reader of the format; name them in layers.exclude"
     if isinstance(module, Conv1D) or getattr(module, "turned", False):
         return f"a Conv1D, of which {type(model).__name__} is made, and the format's readers take nn.Linear only"
     if not isinstance(encoding, Affine):
@@ -269,7 +268,6 @@ def export(model: PreTrainedModel, tokenizer: Any, folder: Path, config: Config)
     layers = find_layers(model)
     if found := problems(layers, config, model):
         raise ArtifactError(found)
-    fuse(model)
     plain = copy.deepcopy(model.config)
     plain.__dict__.pop("quantization_config", None)
     with torch.device("meta"):

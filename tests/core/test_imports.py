@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import runs
@@ -152,6 +153,20 @@ def test_our_own_export_comes_back_exactly(tmp_path, bits, symmetric):
     for name, W in loaded.state_dict().items():
         assert torch.equal(W, expected[name]), name
     assert "by compressed-tensors" in source.notes()[0]
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_gguf_file_of_integers_says_what_was_lost(tmp_path, kind):
+    path, dtype = tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("norm", np.ones(32, dtype=np.float32))
+    writer.add_tensor("weight", gguf.quantize(np.ones((4, 32), dtype=np.float32), dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    notes = ModelSource(str(path)).notes()
+    assert [kind in note for note in notes] == ([] if kind == "F16" else [True])
 
 
 def test_dense_model_has_no_note(tmp_path):

@@ -12,7 +12,16 @@ import tiny
 import torch
 from reference import foreign
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import hf_slim
 from hf_slim.core.errors import ArtifactError, PlanError
@@ -164,6 +173,14 @@ def test_centered_grid_becomes_odd_steps(bits):
     assert torch.equal((wide.float() - 8) * halves, encoding.decode(tensors, 4, 16))
 
 
+def test_integers_for_integer_activations():
+    encoding = Affine(**ROW, activations="int8")
+    codes, scales, zeros = random_codes(4, 16, encoding)
+    stored = ct.repack(encoding.pack(codes, scales, zeros), encoding, 4, 16, torch.float32)
+    assert stored["weight"].tolist() == (codes.int() - 128).tolist()
+    assert stored.keys() == {"weight", "weight_scale"}
+
+
 def test_agrees_with_the_packages_own_packing():
     pytest.importorskip("compressed_tensors", reason="needs the extra `export`, which Python 3.10 does not have")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -210,6 +227,15 @@ def test_other_layers_and_dense_models_are_refused():
         hf_slim.compress(model, "export.compressed_tensors")
     hf_slim.compress(model, "quantize.rtn", bits=4, group_size=16, clip="minmax")
     with pytest.raises(PlanError, match="Conv1D"):
+        hf_slim.compress(model, "export.compressed_tensors")
+
+
+def test_experts_are_refused():
+    config = MixtralConfig(**SIZES, intermediate_size=96, num_key_value_heads=2, num_local_experts=2)
+    model = tiny._make(MixtralForCausalLM, config, torch.float32, seed=0)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    hf_slim.compress(model, "quantize.rtn", **WAYS["4 bits"], clip="minmax", layers={"include": attention})
+    with pytest.raises(PlanError, match="fused experts"):
         hf_slim.compress(model, "export.compressed_tensors")
 
 
