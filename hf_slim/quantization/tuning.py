@@ -3,32 +3,29 @@
     minimise over θ   L(θ) = Σ_x |f(x; W_q(θ)) - y(x)|² / Σ_x |y(x)|²
 
 f is the block, x [windows, length, width] what reaches it through the compressed blocks before it, y what the dense
-model has there, and W_q(θ) the block's weights on their grids, differentiable straight through the rounding. An
-iteration takes one batch, in an order drawn anew, by the seed, for every pass over the data;
-learning rates fall linearly to zero.
+model has there, W_q(θ) the block's weights on their grids, differentiable straight through the rounding (`soft.py`).
+An iteration takes one batch, in an order drawn anew, by the seed, for every pass over the data; learning rates fall
+linearly to zero. Methods differ in the optimizer that moves the weights; the scales learn by Adam on their logarithms,
+and with them the block's norms and biases.
 
-The iterate that is kept is the best one seen: at the start and after every quarter of the iterations, L is measured on
-a fixed quarter of the batches (four at most). If nothing beats the start, the block stays as it was, and says so.
+The iterate that is kept is the best of three: before, halfway and at the end, L is measured on a fixed eighth of the
+batches (four at most). If nothing beats the start, the block stays as it was, and says so.
 
 Under `accelerate launch` every process draws batches from its own windows, and gradients are averaged.
-
-All of it starts from codes, scales and zero points that are already good. Weights enter as positions on the grid,
-u = W / scale + zero, moved as little as makes them round to the codes of the start (`place`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -39,13 +36,10 @@ from hf_slim.core.select import Layer
 from hf_slim.core.swap import densify, get_keep, get_weight
 from hf_slim.core.walk import Block, Solution, Statistics, walk
 from hf_slim.encodings import Affine
-from hf_slim.encodings.codes import load_codes
 from hf_slim.encodings.modules import EncodedModule
-from hf_slim.encodings.packing import unpack
 from hf_slim.quantization import gptq, rtn
-from hf_slim.quantization.grid import spread
+from hf_slim.quantization.soft import Dense, Soft, Start, begin
 
-MARGIN = 0.49  # how far from its code a weight may start, in steps: just short of the next one
 _JUDGES = 4
 
 
@@ -53,8 +47,9 @@ class TuningConfig(gptq.Config):
     """Options that methods which tune blocks share."""
 
     start: Literal["gptq", "rtn"] = Field("gptq", description="what is tuned: GPTQ's codes, or those of rounding")
-    iterations: int = Field(64, ge=0, description="steps a block")
+    iterations: int = Field(32, ge=0, description="steps a block")
     batch_tokens: int = Field(1024, ge=1, description="tokens in a step, whole windows")
+    scale_rate: float = Field(0.005, ge=0, le=1, description="relative learning rate of the scales")
     dense_rate: float = Field(
         0.005, ge=0, le=1, description="relative learning rate of the block's norms and biases; 0 leaves them alone"
     )
@@ -66,60 +61,6 @@ class TuningConfig(gptq.Config):
         if self.guided is not None:
             raise ValueError("guided: tuning follows the block's output, not the loss; leave it out")
         return self
-
-
-@dataclass(frozen=True)
-class Start:
-    """A layer before it is tuned.
-
-    Args:
-        W: the dense weight, float32.
-        codes, scales, zeros: where it begins, scales in the dtype that they are stored in.
-        bits, group_size, symmetric: its grid.
-        keep: False where a weight is pruned; None for no pruning.
-    """
-
-    W: Float[Tensor, "rows cols"]
-    codes: UInt8[Tensor, "rows cols"]
-    scales: Float[Tensor, "rows groups"]
-    zeros: UInt8[Tensor, "rows groups"]
-    bits: int
-    group_size: int | None
-    symmetric: bool
-    keep: Bool[Tensor, "rows cols"] | None
-
-
-class Part(Protocol):
-    """Something of a block that learns: an `nn.Module` whose forward is what the block computes with."""
-
-    def __call__(self) -> Tensor: ...
-
-    def confine(self) -> None:
-        """Called after every step: bring what learns back to where it may be."""
-
-
-class Dense(nn.Module):
-    """A parameter that stays dense, such as a norm's weight; it learns in units of its root mean square.
-
-    Args:
-        value: at the start.
-        dtype: that it is stored in. The forward pass rounds to it, straight-through.
-    """
-
-    value: Tensor
-
-    def __init__(self, value: Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.dtype, self.unit = dtype, value.float().square().mean().sqrt().item() or 0.1
-        self.register_buffer("value", value.detach().float())
-        self.shift = nn.Parameter(torch.zeros_like(self.value))
-
-    def forward(self) -> Tensor:
-        learned = self.value + self.unit * self.shift
-        return learned.detach().to(self.dtype).float() + (learned - learned.detach())
-
-    def confine(self) -> None:
-        """Nothing binds it."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +78,11 @@ def tune(
     iterations: int,
     seed: int,
 ) -> Tuned:
-    """Train parts of a block, and leave them at the best iterate seen.
+    """Train parts of a block, and leave them at the best iterate judged.
 
     Args:
         block: with targets.
-        parts: {parameter's name below the block: `Part`}.
+        parts: {parameter's name below the block: what gives its value}.
         optimizers: of the parts' parameters.
         iterations: steps.
         seed: of the order of the batches.
@@ -149,11 +90,10 @@ def tune(
     learning = [p for part in parts.values() for p in part.parameters()]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
-    judged = range(0, len(block), max(1, len(block) // min(_JUDGES, -(-len(block) // 4))))
+    judged = range(0, len(block), max(1, -(-len(block) // min(_JUDGES, -(-len(block) // 8)))))
     before = best = _loss(block, parts, judged)
     kept = [p.detach().clone() for p in learning]
     batches = _order(len(block), seed)
-    quarter = -(-iterations // 4)
     for t in range(iterations):
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * (1 - t / iterations)
@@ -162,8 +102,9 @@ def tune(
             optimizer.step()
         with torch.no_grad():
             for part in parts.values():
-                part.confine()  # pyright: ignore[reportCallIssue]
-        if (t + 1) % quarter == 0 or t + 1 == iterations:
+                if isinstance(part, Soft):
+                    part.confine()
+        if t + 1 in (iterations // 2, iterations):
             loss = _loss(block, parts, judged)
             if loss < best:
                 best, kept = loss, [p.detach().clone() for p in learning]
@@ -171,31 +112,6 @@ def tune(
         for parameter, value in zip(learning, kept, strict=True):
             parameter.copy_(value)
     return Tuned(before, best)
-
-
-def place(start: Start) -> Float[Tensor, "rows cols"]:
-    """Where weights lie on their grid, in steps from code 0: as they are where that rounds to the starting code."""
-    cols, codes = start.W.shape[1], start.codes.float()
-    u = start.W / spread(start.scales.float(), cols, start.group_size) + spread(
-        start.zeros.float(), cols, start.group_size
-    )
-    return codes.add_(u.sub_(codes).clamp_(-MARGIN, MARGIN))
-
-
-def begin(found: Solution, W: Tensor, keep: Tensor | None) -> Start:
-    """A layer's start, from what a solver chose for it."""
-    encoding, tensors = found.encoded
-    assert isinstance(encoding, Affine)
-    rows, cols = W.shape
-    scales = tensors["scales"]
-    codes, _ = load_codes(tensors, encoding.bits, rows, cols, encoding.survivors)
-    if encoding.symmetric:
-        zeros = torch.full_like(scales, 2 ** (encoding.bits - 1), dtype=torch.uint8)
-    else:
-        zeros = unpack(tensors["zeros"], encoding.bits, scales.shape[1])
-    if keep is not None:
-        codes = torch.where(keep, codes, spread(zeros, cols, encoding.group_size))
-    return Start(W.float(), codes, scales, zeros, encoding.bits, encoding.group_size, encoding.symmetric, keep)
 
 
 def _order(count: int, seed: int) -> Iterator[int]:
@@ -241,20 +157,17 @@ def _step(block: Block, parts: Mapping[str, nn.Module], i: int, learning: Sequen
         p.grad = slope  # pyright: ignore
 
 
-Soften = Callable[[Start], nn.Module]
-Optimizers = Callable[[list[Any], list[Dense]], list[Optimizer]]
+Optimize = Callable[[list[nn.Parameter]], Optimizer]
 
 
 def tune_blocks(
-    model: PreTrainedModel, method: str, config: Any, context: Context, soften: Soften, optimizers: Optimizers
+    model: PreTrainedModel, method: str, config: TuningConfig, context: Context, optimize: Optimize
 ) -> StageReport:
     """Find a start for every layer, then tune block by block. Layers outside of blocks stay at their start.
 
     Args:
         method: its address.
-        config: a `TuningConfig`.
-        soften: makes the `Part` of a layer; besides, its `chosen()` gives codes, scales and zero points.
-        optimizers: from the parts of the layers and of what stays dense.
+        optimize: makes what moves the weights' positions `Soft.u`.
     """
     chosen = plan_targets(model, method, config)
     windows = context.tokens("calibration")
@@ -262,7 +175,7 @@ def tune_blocks(
     layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
     tables = [layer for layer in chosen if layer.kind == "embedding"]
     rows = encode_layers(model, tables, rtn, config, context.progress)
-    tuner = _Tuner(model, layers, config, context.seed, stored, soften, optimizers)
+    tuner = _Tuner(model, layers, config, context.seed, stored, optimize)
     rows += walk(
         model, list(layers.values()), windows, tuner.solve, context, hessians=config.start == "gptq",
         reference=True, batch_tokens=config.batch_tokens,
@@ -276,11 +189,10 @@ class _Tuner:
 
     model: nn.Module
     layers: Mapping[str, Layer]
-    config: Any
+    config: TuningConfig
     seed: int
     stored: Mapping[str, torch.dtype]
-    soften: Soften
-    optimizers: Optimizers
+    optimize: Optimize
 
     def solve(self, statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
         if block is None:
@@ -288,10 +200,10 @@ class _Tuner:
             return {name: _noted(solution, "outside of blocks: not tuned") for name, solution in found.items()}
         found = self._start(statistics, [n for n in self.layers if n.startswith(f"{block.name}.")])
         starts = {name: self._begin(name, solution) for name, solution in found.items()}
-        soft = {f"{name.removeprefix(block.name + '.')}.weight": self.soften(s) for name, s in starts.items()}
+        soft = {f"{name.removeprefix(block.name + '.')}.weight": Soft(s) for name, s in starts.items()}
         dense = self._dense(block)
-        means = self.optimizers([*soft.values()], [*dense.values()])
-        tuned = tune(block, soft | dense, means, self.config.iterations, self.seed)
+        optimizers = self._optimizers([*soft.values()], [*dense.values()])
+        tuned = tune(block, soft | dense, optimizers, self.config.iterations, self.seed)
         if not tuned.after < tuned.before:
             return {name: _noted(solution, "tuning found nothing better") for name, solution in found.items()}
         for name, part in dense.items():
@@ -319,13 +231,18 @@ class _Tuner:
             densify(self.model, name)
         return start
 
+    def _optimizers(self, soft: list[Soft], dense: list[Dense]) -> list[Optimizer]:
+        groups = [{"params": [part.scales.stretch for part in soft], "lr": self.config.scale_rate}]
+        groups += [{"params": [part.shift for part in dense], "lr": self.config.dense_rate}] if dense else []
+        return [self.optimize([part.u for part in soft]), Adam(groups, fused=True)]
+
     def _dense(self, block: Block) -> dict[str, Dense]:
         if self.config.dense_rate == 0:
             return {}
         learning = {name: p for name, p in block.module.named_parameters() if p.dim() == 1}
         return {name: Dense(p.data, self.stored[f"{block.name}.{name}"]) for name, p in learning.items()}
 
-    def _end(self, solution: Solution, start: Start, part: Any, measured: dict[str, float]) -> Solution:
+    def _end(self, solution: Solution, start: Start, part: Soft, measured: dict[str, float]) -> Solution:
         encoding = solution.encoded[0]
         assert isinstance(encoding, Affine)
         tensors = encoding.pack(*part.chosen(), None if encoding.survivors is None else start.keep)
