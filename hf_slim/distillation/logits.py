@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
+from hf_slim.core.errors import PlanError
 from hf_slim.core.layers import plan_layers
 from hf_slim.core.method import Rules
 from hf_slim.core.model import ModelSource

@@ -38,15 +38,17 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.feedback import Factor, RoundColumn, SingularHessian, error_feedback, factor
-from hf_slim.core.layers import encode_layers, plan_targets
+from hf_slim.core.layers import encode_layers, plan_targets, put_layer
 from hf_slim.core.method import Rules
-from hf_slim.core.report import StageReport
+from hf_slim.core.progress import Progress
+from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.saliency import token_weights
 from hf_slim.core.select import Layer
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.core.walk import Block, Solution, Statistics, walk
 from hf_slim.encodings import Affine
 from hf_slim.quantization import rtn
+from hf_slim.quantization.embeddings import head_hessian, joint_hessian
 from hf_slim.quantization.grid import Clip, fit_grid
 
 RULES = Rules(
@@ -160,7 +162,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     weights = None
     if config.guided is not None:
         weights = token_weights(model, list(layers), windows, config.guided, context.progress)
-    rows = encode_layers(model, tables, rtn, config, context.progress)
+    rows = encode_tables(model, tables, config, windows, context.progress)
 
     def solver(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
         return solve(model, layers, statistics, config)
@@ -173,6 +175,26 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         metrics={"rounded_to_nearest": sum(note.startswith(FALLBACK) for row in rows for note in row.notes)},
         notes=[f"{row.name}: {note}" for row in rows for note in row.notes],
     )
+
+
+def encode_tables(
+    model: nn.Module, tables: list[Layer], config: Config, windows: Tensor, progress: Progress
+) -> list[LayerReport]:
+    """Round embeddings; one that a head shares is rounded for both of its uses (`embeddings.py`)."""
+    rows = []
+    for table in tables:
+        weighted = config.embeddings is not None and config.embeddings.weighted
+        H = head_hessian(model, table, windows) if weighted else None
+        if H is None:
+            rows += encode_layers(model, [table], rtn, config, progress)
+            continue
+        module, stored = model.get_submodule(table.name), encoding(table, config)
+        W, keep = get_weight(module), get_keep(module)
+        grid = (stored.bits, stored.group_size, stored.symmetric)
+        codes, scales, zeros, measured = quantize(W.float(), joint_hessian(H), *grid, keep=keep)
+        tensors = stored.pack(codes, scales, zeros, None if stored.survivors is None else keep)
+        rows.append(put_layer(model, table, (stored, tensors), metrics={"output_error": measured.relative_error}))
+    return rows
 
 
 def solve(

@@ -40,6 +40,7 @@ class Embeddings(MethodConfig):
     bits: int = Field(8, ge=2, le=8, description="bits a code takes")
     group_size: int | None = Field(None, ge=1, description="columns that share a scale; null for one scale a token")
     symmetric: bool = False
+    weighted: bool = Field(True, description="round for the shared head's inputs too, where there is calibration data")
 
 
 class GridConfig(MethodConfig):
