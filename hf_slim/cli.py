@@ -152,6 +152,12 @@ def _inspect(arguments: argparse.Namespace) -> Any:
     _print_table(arguments, ["kind", "count", "M weights", "MB", "share"], kinds)
     for name, owner in found["tied"].items():
         _say(arguments, f"{name} shares the weight of {owner}")
+    if found["kernels"]:
+        rows = [[k["encoding"], str(k["layers"]), k["few"], k["many"]] for k in found["kernels"]]
+        few = found["kernels"][0]["few_rows"]
+        _print_table(arguments, ["stored as", "layers", f"up to {few} tokens", "more"], rows)
+    for reason in dict.fromkeys(k["why_not"] for k in found["kernels"] if k["why_not"]):
+        _say(arguments, f"no packed kernel: {reason}")
     if arguments.layers:
         rows = [[x["name"], x["kind"], f"{x['rows']} x {x['cols']}", x["encoding"]] for x in found["layers"]]
         _print_table(arguments, ["layer", "kind", "shape", "stored as"], rows)
