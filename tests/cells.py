@@ -65,7 +65,9 @@ TABLE = {"embeddings": {"bits": 8}}
 TRAINING = {"steps": 2, "batch_size": 2}
 TUNED = GRID | {"iterations": 2}
 CODED = ("quantize.rtn", {"bits": 8, "group_size": None, "symmetric": True, "clip": "minmax"})
-TWO_INPUTS = Refusal(("T5",), "cannot be distilled", "distils one stack of blocks: causal and masked language models, classifiers")
+TWO_INPUTS = Refusal(
+    ("T5",), "cannot be distilled", "distils one stack of blocks: causal and masked language models, classifiers"
+)
 NO_LOSS = Refusal(ENCODERS, "has none on plain text", "has no loss on plain text; works under `distill.logits`")
 FUSED = Refusal(("Mixtral", "Qwen3-MoE"), "leaves fused experts alone", "bitsandbytes knows no fused experts")
 SUBCLASS = Refusal(("Falcon",), "replaces nn.Linear itself only", "bitsandbytes knows no subclass of `nn.Linear`")
