@@ -54,5 +54,5 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         "quantize.blockwise",
         config,
         context,
-        lambda positions: Adam(positions, lr=config.weight_rate, fused=True),
+        lambda positions: Adam(positions, lr=config.weight_rate, betas=tuning.BETAS, fused=True),
     )

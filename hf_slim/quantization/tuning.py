@@ -40,6 +40,9 @@ from hf_slim.encodings.modules import EncodedModule
 from hf_slim.quantization import gptq, rtn
 from hf_slim.quantization.soft import Dense, Soft, Start, begin
 
+# Of Adam's averages: memories as short as the training. One pass in block 7 of SmolLM2-135M at 3 bits takes the
+# held-out error of the block's output to 0.276 with these, to 0.280 with PyTorch's defaults.
+BETAS = (0.8, 0.9)
 _JUDGES = 4
 
 
@@ -234,7 +237,7 @@ class _Tuner:
     def _optimizers(self, soft: list[Soft], dense: list[Dense]) -> list[Optimizer]:
         groups = [{"params": [part.scales.stretch for part in soft], "lr": self.config.scale_rate}]
         groups += [{"params": [part.shift for part in dense], "lr": self.config.dense_rate}] if dense else []
-        return [self.optimize([part.u for part in soft]), Adam(groups, fused=True)]
+        return [self.optimize([part.u for part in soft]), Adam(groups, betas=BETAS, fused=True)]
 
     def _dense(self, block: Block) -> dict[str, Dense]:
         if self.config.dense_rate == 0:
