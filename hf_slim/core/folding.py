@@ -97,13 +97,13 @@ class Folded:
     """A block's parameters after folding.
 
     Args:
-        weights: weights of linear layers, for those that changed.
-        columns: scales that were multiplied into a layer's columns, for consumers.
+        weights: weights [rows, cols] of linear layers, for those that changed.
+        columns: scales [cols] that were multiplied into a layer's columns, for consumers.
         dense: parameters that stay dense (norms, biases), by their name below the block.
     """
 
-    weights: dict[str, Float[Tensor, "rows cols"]]
-    columns: dict[str, Float[Tensor, " cols"]]
+    weights: dict[str, Tensor]
+    columns: dict[str, Tensor]
     dense: dict[str, Tensor]
 
 

@@ -40,14 +40,14 @@ def scaled_hessian(H: Float[Tensor, "cols cols"], scales: Float[Tensor, " cols"]
 def solve_block(
     block: Block,
     known: Mapping[str, Statistics | None],
-    scales: Sequence[tuple[Fold, Float[Tensor, " channels"]]],
+    scales: Sequence[tuple[Fold, Tensor]],
     encode: Encode,
 ) -> dict[str, Solution]:
     """Encode a block's layers, with the scales folded in where that lowers the error of the block's output.
 
     Args:
         known: the layers to encode, by their names in the model.
-        scales: scales of the block's folds.
+        scales: scales [channels] of the block's folds.
     """
     modules = {name: block.module.get_submodule(_below(block, name)) for name in known}
     weights = {name: get_weight(module).float() for name, module in modules.items()}

@@ -16,7 +16,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -97,7 +97,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     def solve(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
         if block is not None:
             own = dict.fromkeys(name for name, layer in layers.items() if layer.block == block.name)
-            return solve_block(block, own, _scales(block, folds[block.name], config.alpha), solve_one)
+            return solve_block(block, own, _scales(block, own, folds[block.name], config.alpha), solve_one)
         modules = {name: model.get_submodule(name) for name in statistics}
         return {n: solve_one(n, get_weight(m).float(), None, get_keep(m)) for n, m in modules.items()}
 
@@ -105,9 +105,9 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     return StageReport(layers=rows, notes=[f"{row.name}: {note}" for row in rows for note in row.notes])
 
 
-def _scales(block: Block, folds: Sequence[Fold], alpha: float) -> list[tuple[Fold, Float[Tensor, " channels"]]]:
-    """Scales of a block's folds, from one more run of the block."""
-    maxima = _input_maxima(block, [fold.consumers[0] for fold in folds])
+def _scales(block: Block, layers: Iterable[str], folds: Sequence[Fold], alpha: float) -> list[tuple[Fold, Tensor]]:
+    """Scales of a block's folds, from one more run of the block, in which no layer may be fed NaN."""
+    maxima = _input_maxima(block, [name.removeprefix(f"{block.name}.") for name in layers])
     scales = []
     for fold in folds:
         weights = [get_weight(block.module.get_submodule(name)).float() for name in fold.consumers]
@@ -117,8 +117,8 @@ def _scales(block: Block, folds: Sequence[Fold], alpha: float) -> list[tuple[Fol
     return scales
 
 
-def _input_maxima(block: Block, names: Sequence[str]) -> dict[str, Float[Tensor, " cols"]]:
-    """Largest absolute input of every column over all calibration tokens of all processes."""
+def _input_maxima(block: Block, names: Sequence[str]) -> dict[str, Tensor]:
+    """Largest absolute input of every column [cols] over all calibration tokens of all processes."""
     maxima = {name: torch.zeros(get_weight(block.module.get_submodule(name)).shape[1]) for name in names}
     with _watching(block, maxima):
         for i in range(len(block)):
