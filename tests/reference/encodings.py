@@ -49,11 +49,12 @@ def sparse(mask: list[list[int]], values: list[float], cols: int) -> np.ndarray:
 
 
 def int8_product(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """Token by token: x to integers of at most 127, an integer product with codes - 128, both scales, the bias."""
+    """Token by token: x to integers in -128 .. 127, an integer product with codes - 128, both scales, the bias."""
     W = codes.astype(np.int64) - 128
     y = np.zeros((len(x), len(codes)))
     for token, values in enumerate(x):
-        scale = np.float64(np.float32(np.abs(values).max()) / np.float32(127)) or 1.0
+        scale = np.float64(np.float32(np.abs(values).max()) / np.float32(127.5)) or 1.0
         steps = np.rint((values.astype(np.float32) / np.float32(scale)).astype(np.float64)).astype(np.int64)
+        steps = np.minimum(steps, 127)
         y[token] = (W @ steps) * scale * scales[:, 0]
     return y if bias is None else y + bias
