@@ -128,9 +128,10 @@ def test_stock_transformers_in_bfloat16(loaded_by_others):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stock_transformers_multiplies_the_same_integers(loaded_by_others, name):
-    """But for a value that lies within float32's rounding of the middle between two integers."""
+    """But for values within float32's rounding of the middle between two integers. OPT hands its MLP all tokens of a
+    batch as rows of one matrix, for which compressed-tensors 0.20 takes one scale instead of one a token."""
     ours, theirs = loaded_by_others[name, "integer activations", torch.float32]
-    assert distance(ours, theirs) < 1e-2
+    assert distance(ours, theirs) < (4e-2 if name == "opt" else 1e-2)
 
 
 def random_codes(rows: int, cols: int, encoding: Affine):
