@@ -31,7 +31,7 @@ from hf_slim.quantization.grid import Clip, fit_grid, round_to_grid
 
 RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Jacob et al. 2018, arXiv:1712.05877")
 
-_CHUNK = 1 << 24  # weights encoded at once: an embedding is not copied whole
+_CHUNK = 1 << 20  # weights encoded at once: of a weight that arrives, only a part is ever held in float32
 
 
 class Embeddings(MethodConfig):
@@ -107,12 +107,15 @@ def encode_rows(W: Float[Tensor, "rows cols"], stored: Affine, keep: Tensor | No
     """Quantize one weight by a function like `quantize`, some rows at a time."""
     chunk = max(1, _CHUNK // W.shape[1])
     masks = [None] * len(W.split(chunk)) if keep is None else keep.split(chunk)
-    parts = [
+    parts = (
         fit(part, stored.bits, stored.group_size, stored.symmetric, keep=mask)
         for part, mask in zip(W.split(chunk), masks, strict=True)
-    ]
+    )
+    if stored.survivors is None:  # rows are stored apart: pack each part at once, and hold no codes of the whole
+        packed = [stored.pack(*part) for part in parts]
+        return stored, {name: torch.cat([tensors[name] for tensors in packed]) for name in packed[0]}
     codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return stored, stored.pack(codes, scales, zeros, None if stored.survivors is None else keep)
+    return stored, stored.pack(codes, scales, zeros, keep)
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
