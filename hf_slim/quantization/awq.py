@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from hf_slim.core.context import Context
 from hf_slim.core.feedback import SingularHessian
 from hf_slim.core.folding import Fold, find_folds
-from hf_slim.core.layers import encode_layers, plan_targets
+from hf_slim.core.layers import plan_targets
 from hf_slim.core.method import Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer
@@ -170,7 +170,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
     folds = find_folds(model, list(layers.values()), windows)
     tables = [layer for layer in chosen if layer.kind == "embedding"]
-    rows = encode_layers(model, tables, rtn, config, context.progress)
+    rows = gptq.encode_tables(model, tables, config, windows, context.progress)
 
     def solve_one(name: str, W: Tensor, known: Statistics | None, keep: Tensor | None) -> Solution:
         return encode(W, layers[name], config, known, keep)

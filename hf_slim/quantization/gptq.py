@@ -178,7 +178,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
 
 
 def encode_tables(
-    model: nn.Module, tables: list[Layer], config: Config, windows: Tensor, progress: Progress
+    model: nn.Module, tables: list[Layer], config: rtn.Config, windows: Tensor, progress: Progress
 ) -> list[LayerReport]:
     """Round embeddings; one that a head shares is rounded for both of its uses (`embeddings.py`)."""
     rows = []
@@ -188,7 +188,7 @@ def encode_tables(
         if H is None:
             rows += encode_layers(model, [table], rtn, config, progress)
             continue
-        module, stored = model.get_submodule(table.name), encoding(table, config)
+        module, stored = model.get_submodule(table.name), rtn.encoding(table, config)
         W, keep = get_weight(module), get_keep(module)
         grid = (stored.bits, stored.group_size, stored.symmetric)
         codes, scales, zeros, measured = quantize(W.float(), joint_hessian(H), *grid, keep=keep)

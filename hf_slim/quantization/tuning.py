@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.context import Context
-from hf_slim.core.layers import encode_layers, plan_targets
+from hf_slim.core.layers import plan_targets
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer
 from hf_slim.core.swap import densify, get_keep, get_weight
@@ -177,7 +177,7 @@ def tune_blocks(
     stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
     layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
     tables = [layer for layer in chosen if layer.kind == "embedding"]
-    rows = encode_layers(model, tables, rtn, config, context.progress)
+    rows = gptq.encode_tables(model, tables, config, windows, context.progress)
     tuner = _Tuner(model, layers, config, context.seed, stored, optimize)
     rows += walk(
         model, list(layers.values()), windows, tuner.solve, context, hessians=config.start == "gptq",
