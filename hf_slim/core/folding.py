@@ -158,7 +158,7 @@ def find_folds(model: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "samp
     if ids.numel() == 0:
         return {}
     shared = _used_twice(model)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    dtypes = {name: p.dtype for name, p in model.named_parameters()} | {f"{x.name}.weight": x.dtype for x in layers}
     found: dict[str, list[Fold]] = {}
     with evaluating(model):
         for stack in find_stacks(model):
