@@ -2,9 +2,9 @@
 
     s = max|x| / 127.5,   q = clamp(round(x / s), -128, 127),   x ~ q s      (x [tokens, cols]; one s a token)
 
-With weights W = p t, one scale t a row, the product is an integer one rescaled: y = (q pᵀ) s t. Gradients pass the
-rounding as if it were not there (straight-through; Bengio et al. 2013, arXiv:1308.3432). Half a step of the largest value is clipped, as
-`compressed-tensors` does it: an exported model then computes the same integers.
+With weights W = p t, one scale t a row, the product is an integer one rescaled: y = (q pᵀ) s t. Half a step of the
+largest value is clipped, as `compressed-tensors` does it: an exported model computes the same integers. Gradients pass
+the rounding as if it were not there (straight-through; Bengio et al. 2013, arXiv:1308.3432).
 """
 
 from __future__ import annotations
