@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     )
     _print_table(arguments, ["stage", "layers", "stored as", "MB after", "memory"], _plan_rows(plan))
     for note in plan.notes:
-        _say(arguments, f"note: {note}")
+        _say(arguments, _note(note))
     if arguments.layers:
         rows = [
             [n, f"{x.rows} x {x.cols}", x.encoding.describe() if x.encoding else "dense", f"{x.nbytes / 1e3:.1f}"]
@@ -214,7 +215,11 @@ def show_report(report: RunReport, out: str | Path) -> None:
     print(f"peak memory {peak / 2**30:.2f} GiB; saved in {out}")
     for stage in report.stages:
         for note in stage.notes:
-            print(f"note: {stage.method}: {note}")
+            print(_note(f"{stage.method}: {note}"))
+
+
+def _note(text: str) -> str:
+    return textwrap.fill(f"note: {text}", 80, subsequent_indent="      ", break_on_hyphens=False)
 
 
 def _eval(arguments: argparse.Namespace) -> Any:

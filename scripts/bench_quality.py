@@ -7,8 +7,8 @@
     python scripts/bench_quality.py --dither               # on a copy whose weights lie on no grid
 
 Calibration and training see 32 windows of 512 tokens; what is reported on is seen by nothing else. Bits are those of
-the compressed layers' stored tensors, MB of the whole safetensors file. Seconds are those of the stages alone, peak
-memory is the process's so far: for a clean peak run one trial at a time.
+the compressed layers' stored tensors, MB of the whole safetensors file. Seconds are those of the stages alone, by the
+clock and of all processor cores together; peak memory is the process's so far: run one trial at a time for a clean one.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ TRIALS: dict[str, Stages] = {
     "gptq-4": [("quantize.gptq", {"bits": 4, **G})],
     "awq-4": [("quantize.awq", {"bits": 4, **G})],
     "autoround-4": [("quantize.autoround", {"bits": 4, **G})],
+    "blockwise-4": [("quantize.blockwise", {"bits": 4, **G})],
     "rtn-3": [("quantize.rtn", {"bits": 3, **G})],
     "gptq-3": [("quantize.gptq", {"bits": 3, **G})],
-    "autoround-3": [("quantize.autoround", {"bits": 3, **G})],
+    "blockwise-3": [("quantize.blockwise", {"bits": 3, **G})],
     "gptq-2": [("quantize.gptq", {"bits": 2, **G})],
-    "autoround-2": [("quantize.autoround", {"bits": 2, **G})],
+    "blockwise-2": [("quantize.blockwise", {"bits": 2, **G})],
 }
 
 
@@ -63,6 +64,7 @@ class Line:
     bits: float
     megabytes: float
     seconds: float
+    processor_seconds: float
     peak_gib: float
     notes: list[str]
 
@@ -84,13 +86,13 @@ def load(folder: str, dither: bool) -> PreTrainedModel:
 def run(name: str, stages: Stages, args: argparse.Namespace, data: dict[str, torch.Tensor]) -> Line:
     """Compress a fresh copy of the model and measure it."""
     model, original = load(args.model, args.dither), None
-    seconds, reports = 0.0, []
+    seconds, processor, reports = 0.0, 0.0, []
     for address, options in stages:
         if "original" in hf_slim.methods.find_method(address).RULES.needs:
             original = original or load(args.model, args.dither).eval()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         reports.append(hf_slim.compress(model, address, data=data["calibration"], original=original, **options))
-        seconds += time.perf_counter() - start
+        seconds, processor = seconds + time.perf_counter() - start, processor + time.process_time() - busy
     del original
     found = perplexity(model, data["held_out"])
     layers = {row.name: row for report in reports for row in report.layers}.values()
@@ -105,6 +107,7 @@ def run(name: str, stages: Stages, args: argparse.Namespace, data: dict[str, tor
         bits=8 * sum(row.bytes for row in layers) / weights if weights else 16.0,
         megabytes=size / 1e6,
         seconds=seconds,
+        processor_seconds=processor,
         peak_gib=peak_memory() / 2**30,
         notes=[note for report in reports for note in report.notes][:5],
     )
@@ -143,14 +146,18 @@ def main(argv: list[str] | None = None) -> int:
     patterns = args.only or ([] if args.trials else ["*"])
     trials = {n: s for n, s in TRIALS.items() if any(fnmatch(n, p) for p in patterns)} | dict(args.trials)
     lines = []
-    print(f"{'trial':<24}{'perplexity':>12}{'+-':>7}{'bits':>8}{'MB':>8}{'seconds':>9}{'peak GiB':>10}", flush=True)
+    print(
+        f"{'trial':<24}{'perplexity':>12}{'+-':>7}{'bits':>8}{'MB':>8}{'seconds':>9}{'of cores':>9}{'peak GiB':>10}",
+        flush=True,
+    )
     for name, stages in {"original": [], **trials}.items():
         line = run(name, stages, args, data)
         lines.append(line)
         error = f"{line.standard_error:7.2f}" if line.standard_error is not None else f"{'':7}"
         print(
             f"{name:<24}{line.perplexity:12.3f}{error}{line.bits:8.3f}{line.megabytes:8.1f}"
-            f"{line.seconds:9.1f}{line.peak_gib:10.2f}" + "".join(f"\n    {note}" for note in line.notes),
+            f"{line.seconds:9.1f}{line.processor_seconds:9.1f}{line.peak_gib:10.2f}"
+            + "".join(f"\n    {note}" for note in line.notes),
             flush=True,
         )
         if args.json:

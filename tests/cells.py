@@ -79,9 +79,7 @@ NO_GGUF = Refusal(
     "not one of the GGUF families that are written",
 )
 TURNED = Refusal(("GPT-2",), "the format's readers take nn.Linear only", "readers of the format know no `Conv1D`")
-EXPERTS = Refusal(
-    ("Mixtral", "Qwen3-MoE"), "experts are read in other ways", "every reader has its own form of experts"
-)
+EXPERTS = Refusal(("Mixtral", "Qwen3-MoE"), "fused experts", "every reader has its own form of experts")
 NOT_CAUSAL = Refusal(OTHERS, "causal language model", "predicts the next token only")
 
 METHODS: dict[str, Method] = {

@@ -28,11 +28,11 @@ def test_python_blocks_run(number, tmp_path, monkeypatch):
     assert (tmp_path / "smaller" / "config.json").exists()
 
 
-def test_recipe_is_valid(tmp_path):
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_recipes_are_valid(block, tmp_path):
     from hf_slim.plan import make_plan
     from hf_slim.recipe import Recipe
 
-    (block,) = blocks("yaml")
     recipe = Recipe.from_yaml(block)
     assert recipe.model == HUB_MODEL
     plan = make_plan(recipe.model_copy(update={"model": tiny.save(tiny.llama(), tmp_path)}))

@@ -1,4 +1,4 @@
-"""What the walk offers beyond Hessians: the block itself, the dense model's output, layers in order, weighted tokens."""
+"""What the walk offers beyond Hessians: the block itself, dense outputs, layers in order, weighted tokens."""
 
 from __future__ import annotations
 
@@ -138,8 +138,9 @@ def test_in_order_each_layer_sees_the_compressed_ones_before_it(architecture):
 
     def solve(known, block):
         for name, found in known.items():
-            inputs = []
-            handle = model.get_submodule(name).register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+            inputs: list[Tensor] = []
+            keep = inputs.append
+            handle = model.get_submodule(name).register_forward_pre_hook(lambda m, args, keep=keep: keep(args[0]))
             with torch.no_grad():
                 for batch in IDS.split(3):
                     model(input_ids=batch)

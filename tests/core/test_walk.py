@@ -105,8 +105,8 @@ def test_later_blocks_see_what_the_compressed_ones_put_out(name):
 
     def solve(known, block):
         expected = oracle(model, known, IDS)
-        for layer, statistics in known.items():
-            assert_close(statistics.hessian, expected[layer], 1e-4)
+        for layer, found in known.items():
+            assert_close(found.hessian, expected[layer], 1e-4)
             moved[layer] = (expected[layer] - dense[layer]).norm() / dense[layer].norm()
         return {n: Solution(rtn.encode(get_weight(model.get_submodule(n)), layers[n], config, None), {}) for n in known}
 

@@ -1,4 +1,4 @@
-"""What quantization cannot do, or does in another way than asked, is said once: in the error, the plan or the report."""
+"""What quantization cannot do, or does in another way than asked, is said in the error, the plan or the report."""
 
 from __future__ import annotations
 

@@ -198,7 +198,9 @@ def test_made_dense_it_is_a_plain_model(architecture, method, tmp_path):
     expected = logits(model)
     model = load(architecture, tmp_path / "slim")
     dense = model.dequantize()
-    assert torch.equal(logits(dense), expected)
+    plain = logits(dense)
+    # encoded layers multiply in float32 where the processor has no bfloat16 arithmetic, plain ones round on the way
+    assert (plain.float() - expected.float()).norm() < 0.03 * expected.float().norm()
     assert not any(isinstance(module, EncodedModule | TiedHead) for module in dense.modules())
     original = tiny.ALL[architecture](torch.bfloat16)
     assert dense.state_dict().keys() == original.state_dict().keys()
@@ -206,7 +208,7 @@ def test_made_dense_it_is_a_plain_model(architecture, method, tmp_path):
     assert stored_bytes(dense) == stored_bytes(original)  # ties included
     dense.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    assert torch.equal(logits(load(architecture, tmp_path / "dense")), expected)
+    assert torch.equal(logits(load(architecture, tmp_path / "dense")), plain)
 
 
 def test_at_most_one_dense_weight_at_a_time(tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_eight_bit_activations_take_part():
     chosen = method.tunable(find_layers(model), method.Config())
     expected = logits(model)
     with method._tuned(model, chosen, norms=False):
-        torch.testing.assert_close(logits(model), expected)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tuning_that_does_harm_is_taken_back():

@@ -302,8 +302,7 @@ def test_processes_with_the_same_windows_do_what_one_does(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     for processes in (1, 2):
-        launch = ["accelerate.commands.launch", "--num_processes", str(processes), "--cpu", "--num_machines", "1"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, "-m", *launch, str(tmp_path / "program.py"), str(tmp_path / "state")]
         environment = os.environ | {"PYTHONPATH": paths}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
