@@ -94,6 +94,7 @@ def run(name: str, stages: Stages, args: argparse.Namespace, data: dict[str, tor
         reports.append(hf_slim.compress(model, address, data=data["calibration"], original=original, **options))
         seconds, processor = seconds + time.perf_counter() - start, processor + time.process_time() - busy
     del original
+    hf_slim.cache_decoded(model)
     found = perplexity(model, data["held_out"])
     layers = {row.name: row for report in reports for row in report.layers}.values()
     weights = sum(row.rows * row.cols for row in layers)

@@ -82,7 +82,7 @@ class Experts(nn.Module):
         super().__init__()
         self.layout = layout
         self._stock = (stock,)  # in a tuple, so that it is no submodule
-        fused = {name: stock._parameters[name] for name in layout.parameters()}
+        fused = {name: stock.get_parameter(name) for name in layout.parameters()}
         for number in range(layout.experts):
             layers = {name: _linear(fused, name, layout, number) for name in layout.matrices}
             self.add_module(str(number), Expert(layers))

@@ -203,7 +203,7 @@ class _Probe:
         seen: dict[str, Tensor] = {}
         handles = [
             self.module.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: seen.update({name: args[0].reshape(-1, args[0].shape[-1])})
+                lambda _, args, name=name: seen.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))
             )
             for name in self.layers
         ]
@@ -269,7 +269,8 @@ def _candidates(probe: _Probe, shared: set[str]) -> Iterator[tuple[str, Kind, ra
     for name in probe.layers:
         if name in probe.inputs and f"{name}.weight" not in shared:
             rows = len(get_weight(probe.module.get_submodule(name)))
-            yield from ((name, "linear", run) for run in _runs(rows, widths))
+            for run in _runs(rows, widths):
+                yield name, "linear", run
 
 
 def _runs(rows: int, widths: set[int]) -> list[range]:

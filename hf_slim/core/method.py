@@ -13,6 +13,7 @@ A method is a module, found by its address: `quantize.gptq` is `hf_slim/quantiza
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
@@ -51,8 +52,9 @@ class MethodConfig(BaseModel):
         if fixed:
             can = ", ".join(self.per_layer) or "none"
             raise ValueError(f"layers: {', '.join(fixed)} cannot differ from layer to layer; what can: {can}")
+        adapter = TypeAdapter(GenericAlias(dict, (str, type(self))))
         try:
-            TypeAdapter(dict[str, type(self)]).validate_python({p: self._common() | o for p, o in overrides.items()})
+            adapter.validate_python({pattern: self._common() | options for pattern, options in overrides.items()})
         except ValidationError as error:
             raise InnerError(("layers",), type(self), error) from None
         return self

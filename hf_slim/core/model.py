@@ -131,7 +131,8 @@ class ModelSource:
         return [] if stored is None else [lost(stored, self._dtype_of(config))]
 
     def _dtype_of(self, config: PretrainedConfig) -> torch.dtype:
-        return (config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)) or torch.float32
+        written: Any = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        return written or torch.float32
 
     def _strip_foreign(self, config: PretrainedConfig) -> dict[str, Any] | None:
         """Take out of a config how another program has quantized the checkpoint: it is read as a dense one."""

@@ -111,7 +111,7 @@ class Int4(Packed):
 
     def __init__(self, encoding: Affine, tensors: dict[str, Tensor], rows: int, cols: int):
         super().__init__(encoding, rows, cols)
-        self.group = common_group(encoding, cols)
+        self.group: int = common_group(encoding, cols)  # pyright: ignore[reportAttributeAccessIssue]
         self.planes = 1 if encoding.bits <= 4 else 2
         self.raised = 2 ** (4 * self.planes - 1) - 2 ** (encoding.bits - 1)
         stored = tensors["codes"]

@@ -143,7 +143,8 @@ def notes(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> l
     for again in dict.fromkeys(placed for placed in placements.values() if placed.fate == "rounded"):
         names = [name for name, placed in placements.items() if placed == again]
         found.append(f"{_layers(names)} rounded again, to {again.type.upper()}: {again.why}")
-    affine = {name: layers[name].encoding for name in placements if isinstance(layers[name].encoding, Affine)}
+    encodings = {name: layers[name].encoding for name in placements}
+    affine = {name: encoding for name, encoding in encodings.items() if isinstance(encoding, Affine)}
     small = [name for name, e in affine.items() if e.bits < 4 and placements[name].type != "f16"]
     if small:
         found.append(f"{_layers(small)} of fewer than 4 bits take no less room in the file than 4-bit ones")
@@ -319,8 +320,8 @@ def _matrices(layers: dict[str, Layer]) -> list[str]:
 def _vectors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every other parameter: norms and biases."""
     weights = {f"{name}.weight" for name in find_layers(model)}
-    encoded = [name for name, module in model.named_modules() if isinstance(module, EncodedModule)]
-    weights |= {f"{name}.{part}" for name in encoded for part in model.get_submodule(name).encoding.trainable}
+    encoded = {name: module for name, module in model.named_modules() if isinstance(module, EncodedModule)}
+    weights |= {f"{name}.{part}" for name, module in encoded.items() for part in module.encoding.trainable}
     return {name: parameter for name, parameter in model.named_parameters() if name not in weights}
 
 
