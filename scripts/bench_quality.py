@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--held-out", default="builtin", metavar="SOURCE")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a held-out window")
+    parser.add_argument("--calibration-length", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="trials to run")
     parser.add_argument("--try", dest="trials", action="append", type=parse_trial, metavar="TRIAL", default=[])
     parser.add_argument("--dither", action="store_true")
@@ -140,8 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     args.model = args.model or str(fetch(default_cache(), SMOLLM2))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     held_out = DataSource(source=args.held_out, samples=args.windows, length=args.length)
+    calibration = DataSource(source=args.calibration, length=args.calibration_length)
     data = {
-        "calibration": load_tokens(DataSource(source=args.calibration), "calibration", tokenizer).ids,
+        "calibration": load_tokens(calibration, "calibration", tokenizer).ids,
         "held_out": load_tokens(held_out, "held_out", tokenizer).ids,
     }
     patterns = args.only or ([] if args.trials else ["*"])
