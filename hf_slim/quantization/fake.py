@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Num, UInt8
 from torch import Tensor, nn
 
 from hf_slim.encodings import Affine
-from hf_slim.quantization.grid import fit_grid
+from hf_slim.quantization.grid import fit_grid, storable
 
 Levels = Literal["integer", "centered", "ternary"]
 
@@ -112,13 +112,6 @@ def fit_scales(
             fitted = torch.where(power > 0, (k * tiles).sum(-1, keepdim=True) / power, scale)
             scale = storable(fitted, scale_dtype)
     return best.squeeze(-1).to(scale_dtype)
-
-
-def storable(scales: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """The nearest numbers that `dtype` holds and that are neither zero, subnormal nor infinite; float32."""
-    info = torch.finfo(dtype)
-    stored = scales.abs().clamp(info.smallest_normal, info.max).to(dtype)
-    return stored.float().copysign(scales)
 
 
 def grouped(W: Num[Tensor, "rows cols"], group_size: int | None) -> Num[Tensor, "rows groups size"]:
