@@ -9,11 +9,10 @@ The table is made from the cells that tests/contract/test_architectures.py runs,
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
+from readme_tables import README, between, main
+
+ROOT = README.parent
 
 
 def table() -> str:
@@ -27,13 +26,8 @@ def table() -> str:
 
 def replaced(text: str) -> str:
     """The README's text with the table of today."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return between(text, "architectures", table())
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
+    main(table, replaced)

@@ -6,13 +6,9 @@ python scripts/methods_table.py --write    # put it between the markers in READM
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from readme_tables import between, main
 
 from hf_slim.methods import addresses, find_method, summary
-
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
 
 def table() -> str:
@@ -27,13 +23,8 @@ def table() -> str:
 
 def replaced(text: str) -> str:
     """The README's text with the table of today."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return between(text, "methods", table())
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
+    main(table, replaced)
