@@ -26,7 +26,7 @@ from hf_slim.core.select import Layer, Select
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Sparse
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
-from hf_slim.pruning.pattern import Pattern, column_problems, parse_pattern, survivors
+from hf_slim.pruning.pattern import Pattern, column_problems, pack, parse_pattern, stored
 
 RULES = Rules(makes=("zeros",), preserves=("zeros", "codes"), paper="Han et al. 2015, arXiv:1506.02626")
 
@@ -52,8 +52,7 @@ def keep_masks(weights: Mapping[str, Tensor], config: Config) -> dict[str, Tenso
 
 def encoding(layer: Layer, config: Config) -> Sparse:
     """Mask and survivors. Under a global ranking a single layer's count is known only once the weights are."""
-    left = survivors(layer.rows, layer.cols, config.pattern, config.sparsity)
-    return Sparse(survivors=left if layer.survivors is None else min(left, layer.survivors))
+    return stored(layer, config.pattern, config.sparsity)
 
 
 def problems(layer: Layer, config: Config) -> list[str]:
@@ -68,7 +67,7 @@ def streaming_problem(config: Config) -> str | None:
 
 def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
     """Prune one weight on its own."""
-    return _encode(W, keep_masks({"W": W}, config)["W"], keep)
+    return _encode(W, keep_masks({"W": W}, config)["W"], keep, config.pattern)
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
@@ -79,13 +78,13 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     rows = []
     for layer in context.progress.track(chosen, "pruning layers"):
         module = modules[layer.name]
-        encoded = _encode(get_weight(module), masks[layer.name], get_keep(module))
+        encoded = _encode(get_weight(module), masks[layer.name], get_keep(module), config.pattern)
         rows.append(put_layer(model, layer, encoded, metrics={"zeros": layer.rows * layer.cols - encoded[0].survivors}))
     zeros, total = sum(row.metrics["zeros"] for row in rows), sum(row.rows * row.cols for row in rows)
     return StageReport(layers=rows, metrics={"sparsity": zeros / total})
 
 
-def _encode(W: Tensor, keep: Bool[Tensor, "rows cols"], earlier: Tensor | None) -> tuple[Sparse, dict[str, Tensor]]:
-    keep = keep if earlier is None else keep & earlier
-    encoding = Sparse(survivors=int(keep.sum()))
-    return encoding, encoding.pack(W, keep)
+def _encode(
+    W: Tensor, keep: Bool[Tensor, "rows cols"], earlier: Tensor | None, pattern: str
+) -> tuple[Sparse, dict[str, Tensor]]:
+    return pack(W, keep if earlier is None else keep & earlier, pattern)

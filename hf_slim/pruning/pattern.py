@@ -1,26 +1,48 @@
-"""How pruned weights lie: anywhere ("unstructured"), or "n:m", n survivors in every m consecutive columns of a row."""
+"""How pruned weights lie, and how what remains is stored.
+
+    unstructured   anywhere
+    n:m            n survivors in every m consecutive columns of a row
+    block:b        whole runs of b consecutive columns of a row
+
+A pattern is stored with its survivors (`encodings/sparse.py`) where the mask follows it exactly, because its places
+then take less room; where an earlier pruning left fewer survivors in some group, the places are a plain bit mask.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+from jaxtyping import Bool, Float
 from pydantic import AfterValidator
+from torch import Tensor
 
 from hf_slim.core.errors import SlimError
+from hf_slim.core.select import Layer
+from hf_slim.encodings import Sparse
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """n and m of "n:m", None for "unstructured".
+    """n and m of "n:m"; None for "unstructured" and "block:b", which have no number of survivors a group.
 
     Raises:
-        SlimError: neither of the two, or not 0 < n < m.
+        SlimError: none of the three, not 0 < n < m, or b < 2.
     """
     if pattern == "unstructured":
         return None
     n, colon, m = pattern.partition(":")
+    if n == "block" and m.isdecimal() and int(m) >= 2:
+        return None
     if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise SlimError(f"pattern is 'unstructured' or 'n:m' with 0 < n < m, such as '2:4'; got {pattern!r}")
+        raise SlimError(
+            "pattern is 'unstructured', 'n:m' with 0 < n < m, such as '2:4', or 'block:b' with b of 2 or more, "
+            f"such as 'block:4'; got {pattern!r}"
+        )
     return int(n), int(m)
+
+
+def block_of(pattern: str) -> int:
+    """How many consecutive columns go together: b of "block:b", else 1."""
+    return int(pattern.removeprefix("block:")) if pattern.startswith("block:") else 1
 
 
 def _checked(pattern: str) -> str:
@@ -38,14 +60,33 @@ Pattern = Annotated[str, AfterValidator(_checked)]
 def survivors(rows: int, cols: int, pattern: str, sparsity: float) -> int:
     """How many of rows x cols weights remain; an n:m pattern sets the sparsity itself."""
     n_m = parse_pattern(pattern)
-    if n_m is None:
-        return rows * cols - round(sparsity * rows * cols)
-    return rows * (cols // n_m[1]) * n_m[0]
+    if n_m is not None:
+        return rows * (cols // n_m[1]) * n_m[0]
+    block = block_of(pattern)
+    blocks = rows * (cols // block)
+    return (blocks - round(sparsity * blocks)) * block
+
+
+def stored(layer: Layer, pattern: str, sparsity: float) -> Sparse:
+    """How a layer will be stored once it is pruned; what an earlier pruning dropped does not come back."""
+    left = survivors(layer.rows, layer.cols, pattern, sparsity)
+    if layer.survivors is None:
+        return Sparse(survivors=left)
+    return Sparse(survivors=min(left, layer.survivors))
+
+
+def pack(
+    W: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"], pattern: str = "unstructured"
+) -> tuple[Sparse, dict[str, Tensor]]:
+    """The weights that `keep` marks, as they are stored."""
+    encoding = Sparse(survivors=int(keep.sum()))
+    return encoding, encoding.pack(W, keep)
 
 
 def column_problems(name: str, cols: int, pattern: str) -> list[str]:
     """Why a layer of `cols` columns cannot take the pattern."""
     n_m = parse_pattern(pattern)
-    if n_m is None or cols % n_m[1] == 0:
+    size = block_of(pattern) if n_m is None else n_m[1]
+    if cols % size == 0:
         return []
-    return [f"{name} has {cols} columns, no multiple of {n_m[1]}, so {pattern} does not fit; name it in layers.exclude"]
+    return [f"{name} has {cols} columns, no multiple of {size}, so {pattern} does not fit; name it in layers.exclude"]
