@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import pruning as reference
 
 from hf_slim.core.errors import PlanError
-from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
+from hf_slim.pruning.masks import block_scores, global_masks, highest, magnitude_mask, n_m_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -101,3 +101,32 @@ def test_n_m_mask_reads_transposed_views():
 def test_impossible_n_m_is_refused(n, m, message):
     with pytest.raises(PlanError, match=message):
         n_m_mask(weights(2, 8), n, m)
+
+
+@settings(max_examples=60, deadline=None)
+@given(coarse_weights(), st.floats(0, 1, exclude_max=True))
+def test_scores_of_either_sign_rank_as_sorting_does(S, sparsity):
+    S[S == 3] = -torch.inf
+    S[0, 0] = -0.0
+    order = sorted(range(S.numel()), key=lambda i: (S.flatten()[i].item(), i))
+    dropped = set(order[: round(sparsity * S.numel())])
+    assert highest({"S": S}, sparsity)["S"].flatten().tolist() == [i not in dropped for i in range(S.numel())]
+
+
+@settings(max_examples=60, deadline=None)
+@given(coarse_weights(), st.integers(1, 4), st.floats(0, 1, exclude_max=True))
+def test_blocks_stay_or_go_as_their_sums_rank(W, block, sparsity):
+    W = W.repeat(1, block)
+    sums = [sum(abs(x) for x in run) for run in W.reshape(-1, block).tolist()]
+    kept = reference.drop_smallest(sums, round(sparsity * len(sums)))
+    assert magnitude_mask(W, sparsity, block).reshape(-1, block).tolist() == [[keep] * block for keep in kept]
+
+
+def test_a_block_is_pruned_only_when_all_of_it_is():
+    scores = torch.tensor([[1.0, -torch.inf, -torch.inf, -torch.inf, -2.0, -3.0]])
+    assert block_scores(scores, 2).tolist() == [[1.0, -torch.inf, -5.0]]
+
+
+def test_columns_that_blocks_do_not_fill_are_refused():
+    with pytest.raises(PlanError, match="multiple of 4 columns, got 6"):
+        magnitude_mask(weights(2, 6), 0.5, block=4)
