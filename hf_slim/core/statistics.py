@@ -25,15 +25,32 @@ class Statistics:
     """What the walk knows about a layer's input.
 
     Args:
-        hessian: H = 2/n sum over tokens of x xᵀ, [cols, cols], float32. One object for all layers with the same input.
+        sums: H = 2/n sum over tokens of x xᵀ, float32, or its diagonal where nothing more was asked for. One object for
+            all layers with the same input.
         tokens: n, how many tokens it comes from; 0 for an expert that none was routed to, and H is zero then.
         guided: H_k = 2/n sum over tokens of s_k x xᵀ, [groups, cols, cols], float32, where tokens were weighted; the
             weight's rows fall into that many runs.
     """
 
-    hessian: Float[Tensor, "cols cols"]
+    sums: Float[Tensor, "cols cols"] | Float[Tensor, " cols"]
     tokens: int
     guided: Float[Tensor, "groups cols cols"] | None = None
+
+    @property
+    def hessian(self) -> Float[Tensor, "cols cols"]:
+        """H.
+
+        Raises:
+            RuntimeError: only its diagonal was gathered.
+        """
+        if self.sums.dim() == 1:
+            raise RuntimeError("only the diagonal of H was gathered: walk(..., squares=True)")
+        return self.sums
+
+    @property
+    def squares(self) -> Float[Tensor, " cols"]:
+        """The diagonal of H: 2/n sum over tokens of x²."""
+        return self.sums if self.sums.dim() == 1 else self.sums.diagonal()
 
 
 class StopForward(Exception):
@@ -46,14 +63,17 @@ class Sums:
     Args:
         names: the layers.
         weights: {name: [tokens, groups] for every batch}, weights of the tokens; None for plain sums.
+        squares: sum x² alone, the diagonal of x xᵀ.
     """
 
-    def __init__(self, names: Sequence[str], weights: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], weights: Mapping[str, Sequence[Tensor]] | None = None, squares: bool = False
+    ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.guided: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.broken: dict[str, int] = {}  # the first batch in which a layer was fed NaN or infinite values
-        self._names, self._weights = frozenset(names), weights
+        self._names, self._weights, self._squares = frozenset(names), weights, squares
         self._pending: set[str] = set()
         self._batch = -1
         self._last: tuple[Tensor, Tensor] | None = None  # input seen last, and the sum it went into
@@ -75,9 +95,11 @@ class Sums:
             self.broken.setdefault(name, self._batch)
         shared = self._last is not None and self._last[0] is x
         if name not in self.sums:
-            fresh = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+            fresh = self._zeros(flat.shape[1], flat.device)
             self.sums[name] = self._last[1] if shared and self._last is not None else fresh
-        if not shared:
+        if not shared and self._squares:
+            self.sums[name] += flat.float().square().sum(0)
+        elif not shared:
             add_upper(self.sums[name], flat.float())
         if self._weights is not None:
             self._add_weighted(name, flat.float(), self._weights[name][self._batch])
@@ -94,19 +116,22 @@ class Sums:
         """
         counts = torch.tensor([self.tokens.get(name, 0) for name in widths]).to(PartialState().device)
         counts = reduce(counts, reduction="sum").tolist()  # pyright: ignore
-        hessians: dict[int, Tensor] = {}
+        reduced: dict[int, Tensor] = {}
         found = {}
         for (name, width), count in zip(widths.items(), counts, strict=True):
             total = self.sums.get(name)
-            total = torch.zeros(width, width, device=PartialState().device) if total is None else total
+            total = self._zeros(width, PartialState().device) if total is None else total
             share = 2.0 / max(1, count)
-            if id(total) not in hessians:
-                hessians[id(total)] = _over_processes(total) * share
+            if id(total) not in reduced:
+                reduced[id(total)] = _over_processes(total) * share
             guided = self.guided.get(name)
             found[name] = Statistics(
-                hessians[id(total)], int(count), None if guided is None else _over_processes(guided) * share
+                reduced[id(total)], int(count), None if guided is None else _over_processes(guided) * share
             )
         return found
+
+    def _zeros(self, width: int, device: torch.device) -> Tensor:
+        return torch.zeros(width, device=device) if self._squares else torch.zeros(width, width, device=device)
 
     def _add_weighted(self, name: str, x: Tensor, weights: Tensor) -> None:
         groups = weights.shape[1]
@@ -117,8 +142,8 @@ class Sums:
 
 
 def _over_processes(upper: Tensor) -> Tensor:
-    """The whole symmetric matrix (or stack of them) from its upper half, summed over all processes."""
-    full = torch.triu(upper) + torch.triu(upper, 1).mT
+    """The whole symmetric matrix (or stack of them) from its upper half, or a diagonal, summed over all processes."""
+    full = upper if upper.dim() == 1 else torch.triu(upper) + torch.triu(upper, 1).mT
     return reduce(full, reduction="sum")  # pyright: ignore
 
 
@@ -131,10 +156,13 @@ def add_upper(H: Float[Tensor, "cols cols"], x: Float[Tensor, "tokens cols"]) ->
 
 @contextmanager
 def gather(
-    model: nn.Module, names: Sequence[str], weights: Mapping[str, Sequence[Tensor]] | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Mapping[str, Sequence[Tensor]] | None = None,
+    squares: bool = False,
 ) -> Iterator[Sums]:
     """Sums that fill while the model, or a part of it, runs."""
-    sums = Sums(names, weights)
+    sums = Sums(names, weights, squares)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args: sums.add(name, args[0])

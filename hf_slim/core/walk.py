@@ -131,6 +131,7 @@ def walk(
     context: Context,
     *,
     hessians: bool = True,
+    squares: bool = False,
     reference: bool = False,
     sequential: bool = False,
     weights: Mapping[str, Sequence[Tensor]] | None = None,
@@ -146,6 +147,7 @@ def walk(
             replaces them (a layer may be left out).
         context: progress bars, and where finished blocks are kept.
         hessians: gather H; without it `solve` is handed no statistics for blocks.
+        squares: of H, gather the diagonal alone, which costs next to nothing.
         reference: run the dense model's hidden states along, for `Block.target`.
         sequential: solve a block's layers one after the other in the order in which they run, those with the same input
             together, each from inputs that passed the compressed layers before it ("true sequential").
@@ -162,7 +164,9 @@ def walk(
     if batch_tokens is not None:
         size = max(1, batch_tokens // windows.shape[1])
         batches = [part for batch in batches for part in batch.split(size)]
-    replacing = _Replacing(model, {layer.name: layer for layer in layers}, solve, BlockStore(context.blocks), weights)
+    replacing = _Replacing(
+        model, {layer.name: layer for layer in layers}, solve, BlockStore(context.blocks), weights, squares
+    )
     with evaluating(model):
         for stack in find_stacks(model):
             wanted = {b: [n for n in replacing.layers if n.startswith(f"{b}.")] for b in stack.blocks}
@@ -191,6 +195,7 @@ class _Replacing:
     solve: Solver
     store: BlockStore
     weights: Mapping[str, Sequence[Tensor]] | None
+    squares: bool
     rows: list[LayerReport] = field(default_factory=list)
 
     def block(self, block: Block, names: list[str], hessians: bool, sequential: bool) -> None:
@@ -219,7 +224,7 @@ class _Replacing:
         self.rows += rows
 
     def _observe(self, names: list[str], run: Callable[[Sums], None], guided: bool = True) -> dict[str, Statistics]:
-        with gather(self.model, names, self.weights if guided else None) as sums:
+        with gather(self.model, names, self.weights if guided else None, self.squares) as sums:
             run(sums)
         missed = [name for name in names if name not in sums.sums and not self.layers[name].routed]
         if missed:

@@ -45,10 +45,10 @@ def oracle(model, names, ids):
     return found
 
 
-def gather(model, layers, ids=IDS):
+def gather(model, layers, ids=IDS, **options):
     """Statistics of a walk that replaces nothing."""
     found = {}
-    walking.walk(model, layers, ids, lambda known, block: found.update(known) or {}, Context())
+    walking.walk(model, layers, ids, lambda known, block: found.update(known) or {}, Context(), **options)
     return found
 
 
@@ -92,6 +92,18 @@ def test_layers_with_one_input_share_one_hessian():
         assert q is not o
         assert found[f"{mlp}.gate_proj"].hessian is found[f"{mlp}.up_proj"].hessian
     assert len({id(known.hessian) for known in found.values()}) == 8
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_squares_alone_are_the_diagonal_of_the_hessian(name):
+    model = tiny.ALL[name]()
+    whole, alone = gather(model, chosen(model)), gather(model, chosen(model), squares=True)
+    for layer, known in whole.items():
+        torch.testing.assert_close(alone[layer].squares, known.hessian.diagonal())
+        assert torch.equal(known.squares, known.hessian.diagonal())
+        assert alone[layer].tokens == known.tokens
+        with pytest.raises(RuntimeError, match="only the diagonal"):
+            _ = alone[layer].hessian
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
