@@ -39,7 +39,7 @@ from hf_slim.core.wiring import Run, Wiring, with_small_weights
 
 Kind = Literal["neuron", "head"]
 
-_TOKENS = 16  # enough for every unit to show itself
+_TOKENS = 32  # enough for every unit to show itself
 _DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _SAME = 1e-5  # relative difference that float32 arithmetic may make
 

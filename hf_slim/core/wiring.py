@@ -33,9 +33,7 @@ def with_small_weights(module: nn.Module, shapes: Mapping[str, tuple[int, int]])
     """
     layers = {id(module.get_submodule(name)): _small(module.get_submodule(name), *s) for name, s in shapes.items()}
     made = copy.deepcopy(module, dict(layers))
-    on_meta = [p for p in (*made.parameters(), *made.buffers()) if p.is_meta]
-    if on_meta:
-        _fill(made)
+    _fill(made)
     return made.float().eval().requires_grad_(False)
 
 
@@ -49,13 +47,19 @@ def _small(layer: nn.Module, rows: int, cols: int) -> nn.Linear:
 
 
 def _fill(module: nn.Module) -> None:
-    """Give what is on the meta device small numbers."""
-    for part in module.modules():
-        for kept in (part._parameters, part._buffers):
-            for name, tensor in kept.items():
-                if tensor is not None and tensor.is_meta:
-                    real = (1 + 0.1 * numbers(*tensor.shape)).to(tensor.dtype)
-                    kept[name] = nn.Parameter(real) if isinstance(tensor, nn.Parameter) else real
+    """Give norms and what is on the meta device small numbers: a trained bias may keep a ReLU shut for all tokens."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.dim() == 1 or parameter.is_meta:
+            around = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
+            device = None if parameter.is_meta else parameter.device
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner._parameters[name.rpartition(".")[2]] = nn.Parameter(
+                (around + 0.1 * numbers(*parameter.shape)).to(device)
+            )
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = (0.1 * numbers(*buffer.shape)).to(buffer.dtype)
 
 
 class Wiring:
