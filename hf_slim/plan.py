@@ -153,7 +153,7 @@ def plan_stage(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -
         return {}
     if hasattr(method, "encoding"):
         return plan_layers(layers, method, config)
-    return method.plan(layers, config) if hasattr(method, "plan") else {}
+    return method.plan(layers, config, model) if hasattr(method, "plan") else {}
 
 
 def order_problems(stages: tuple[Stage, ...]) -> list[str]:

@@ -6,7 +6,7 @@ A method is a module, found by its address: `quantize.gptq` is `hf_slim/quantiza
 - `Config`, a `MethodConfig`,
 - `RULES`, a `Rules`,
 - pure kernels,
-- `plan(layers, config) -> StagePlan` where it changes layers,
+- `plan(layers, config, model) -> dict[str, Layer]` where it changes layers: how they will be after it,
 - `apply(model, config, context) -> StageReport`.
 """
 

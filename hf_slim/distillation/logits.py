@@ -58,7 +58,7 @@ class Config(TrainingOptions):
         return stages
 
 
-def plan(layers: dict[str, Layer], config: Config) -> dict[str, Layer]:
+def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
     """The layers that `during` re-encodes, as they will be stored."""
     if config.teacher_quantization is not None:
         check_installed()

@@ -48,7 +48,7 @@ class Config(MethodConfig):
         return self
 
 
-def plan(layers: dict[str, Layer], config: Config) -> dict[str, Layer]:
+def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
     """The layers that will be bitsandbytes modules, as they will be stored.
 
     Raises:

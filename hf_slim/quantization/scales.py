@@ -61,7 +61,7 @@ class Config(TrainingOptions):
     layers: Select = Select()
 
 
-def plan(layers: dict[str, Layer], config: Config) -> dict[str, Layer]:
+def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
     """No layer will be stored in another way.
 
     Raises:
