@@ -28,12 +28,14 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, ModelError
 from hf_slim.core.forward import evaluating, run_on
 from hf_slim.core.layers import Encoded, put_layer
+from hf_slim.core.removal import Removal, carry_out
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, find_stacks
 from hf_slim.core.statistics import Statistics, StopForward, Sums, gather
+from hf_slim.core.units import Units
 from hf_slim.encodings.modules import cache_decoded
 
-__all__ = ["Block", "Solution", "Solver", "Statistics", "walk"]
+__all__ = ["Block", "Removal", "Solution", "Solver", "Statistics", "walk"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Block:
             cache_decoded(self.module, False)
 
 
-Solver = Callable[[Mapping[str, Statistics], Block | None], Mapping[str, Solution]]
+Solver = Callable[[Mapping[str, Statistics], Block | None], Mapping[str, Solution | Removal]]
 
 
 @torch.no_grad()
@@ -136,6 +138,7 @@ def walk(
     sequential: bool = False,
     weights: Mapping[str, Sequence[Tensor]] | None = None,
     batch_tokens: int | None = None,
+    units: Sequence[Units] = (),
 ) -> list[LayerReport]:
     """Replace layers block by block, each solved from the inputs that it will really see.
 
@@ -144,7 +147,7 @@ def walk(
         layers: the layers to replace.
         windows: calibration tokens.
         solve: gets the statistics of the block's layers, and the block (None for layers outside any); returns what
-            replaces them (a layer may be left out).
+            replaces them (a layer may be left out), or which of the units that they read go.
         context: progress bars, and where finished blocks are kept.
         hessians: gather H; without it `solve` is handed no statistics for blocks.
         squares: of H, gather the diagonal alone, which costs next to nothing.
@@ -153,6 +156,7 @@ def walk(
             together, each from inputs that passed the compressed layers before it ("true sequential").
         weights: weights of the tokens, see `statistics.Sums`; batches are those of `capture.own_share`.
         batch_tokens: smaller batches than those; not together with `weights`.
+        units: those that `solve` may remove, so that a resumed walk removes them again.
 
     Raises:
         ModelError: a layer was never reached, or NaN or infinite values turn up: its block is left as it was.
@@ -164,8 +168,9 @@ def walk(
     if batch_tokens is not None:
         size = max(1, batch_tokens // windows.shape[1])
         batches = [part for batch in batches for part in batch.split(size)]
+    readers = {found.reader: found for found in units}
     replacing = _Replacing(
-        model, {layer.name: layer for layer in layers}, solve, BlockStore(context.blocks), weights, squares
+        model, {layer.name: layer for layer in layers}, solve, BlockStore(context.blocks), weights, squares, readers
     )
     with evaluating(model):
         for stack in find_stacks(model):
@@ -196,19 +201,21 @@ class _Replacing:
     store: BlockStore
     weights: Mapping[str, Sequence[Tensor]] | None
     squares: bool
+    units: Mapping[str, Units]
     rows: list[LayerReport] = field(default_factory=list)
 
     def block(self, block: Block, names: list[str], hessians: bool, sequential: bool) -> None:
         """Solve one block's layers, or restore them from an earlier walk."""
-        rows = self.store.restore(block.name, self.model)
+        rows = self.store.restore(block.name, self.model, self.units)
         if rows is None:
             groups = _in_order(self.model, block, names) if sequential else [names]
             encoded: dict[str, Encoded] = {}
+            removals: list[Removal] = []
             rows = []
             for group in groups:
                 known = self._observe(group, block._observe) if hessians else {}
-                rows += self._put(self.solve(known, block), encoded)
-            self.store.save(block.name, rows, encoded, block.written)
+                rows += self._put(self.solve(known, block), encoded, removals)
+            self.store.save(block.name, rows, encoded, block.written, removals)
         self.rows += rows
 
     def outside(self, names: list[str], batches: Sequence[Tensor]) -> None:
@@ -219,7 +226,7 @@ class _Replacing:
         if rows is None:
             encoded: dict[str, Encoded] = {}
             known = self._observe(names, partial(_run_all, self.model, batches), guided=False)
-            rows = self._put(self.solve(known, None), encoded)
+            rows = self._put(self.solve(known, None), encoded, [])
             self.store.save("outside", rows, encoded, {})
         self.rows += rows
 
@@ -237,12 +244,22 @@ class _Replacing:
             )
         return sums.finish({name: self.layers[name].cols for name in names})
 
-    def _put(self, solutions: Mapping[str, Solution], encoded: dict[str, Encoded]) -> list[LayerReport]:
-        encoded |= {name: found.encoded for name, found in solutions.items()}
-        return [
-            put_layer(self.model, self.layers[name], found.encoded, metrics=found.metrics, notes=found.notes)
-            for name, found in solutions.items()
-        ]
+    def _put(
+        self,
+        solutions: Mapping[str, Solution | Removal],
+        encoded: dict[str, Encoded],
+        removals: list[Removal],
+    ) -> list[LayerReport]:
+        rows = []
+        for name, found in solutions.items():
+            if isinstance(found, Removal):
+                removals.append(found)
+                rows += carry_out(self.model, found)
+                continue
+            encoded[name] = found.encoded
+            layer = self.layers[name]
+            rows.append(put_layer(self.model, layer, found.encoded, metrics=found.metrics, notes=found.notes))
+        return rows
 
 
 def _in_order(model: nn.Module, block: Block, names: list[str]) -> list[list[str]]:
