@@ -124,9 +124,29 @@ class Experts(nn.Module):
         return stock.post_expert_norm(y) if stock.has_post_expert_norm else y
 
     def is_dense(self) -> bool:
-        """Whether every expert's layers are plain ones, so that it can be fused again."""
+        """Whether every expert's layers are plain ones of the same shapes, so that it can be fused again."""
         layers = [layer for n in range(self.layout.experts) for layer in self.expert(n).children()]
-        return all(type(layer) is nn.Linear for layer in layers)
+        return all(type(layer) is nn.Linear for layer in layers) and self.is_even()
+
+    def is_even(self) -> bool:
+        """Whether the experts are all of one size."""
+        return len({self._widths(number) for number in range(self.layout.experts)}) == 1
+
+    def _widths(self, number: int) -> tuple[tuple[int, int], ...]:
+        layers: list[Any] = [getattr(self.expert(number), name) for name in self.layout.matrices]
+        return tuple((layer.out_features, layer.in_features) for layer in layers)
+
+    def fused_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fused parameters; of experts of different sizes, those that they once had."""
+        count, stock = self.layout.experts, self._stock[0]
+        if not self.is_even():
+            return {name: (count, *stock.get_parameter(name).shape[1:]) for name in self.layout.parameters()}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, (rows, cols) in zip(self.layout.matrices, self._widths(0), strict=True):
+            shapes[name] = (count, cols, rows) if self.layout.transposed else (count, rows, cols)
+            if self.layout.bias:
+                shapes[f"{name}_bias"] = (count, rows)
+        return shapes
 
     def settle(self) -> None:
         """Give the layers that are still dense weights of their own: a view would keep the fused tensor in memory."""

@@ -42,11 +42,11 @@ def embedding_scale(module: nn.Module) -> float | None:
         return None
     if type(module) is nn.Embedding:
         return 1.0
-    scale = next((getattr(module, name) for name in _SCALES if getattr(module, name, None) is not None), 1.0)
+    scale = next((getattr(module, name) for name in SCALES if getattr(module, name, None) is not None), 1.0)
     return float(scale) if _computes_scaled(type(module)) else None
 
 
-_SCALES = ("scalar_embed_scale", "embed_scale")  # the number comes first: a buffer on the meta device has no value
+SCALES = ("scalar_embed_scale", "embed_scale")  # the number comes first: a buffer on the meta device has no value
 
 
 def numbers(*shape: int) -> Float[Tensor, "..."]:
@@ -81,7 +81,7 @@ def _computes_scaled(cls: type[nn.Embedding]) -> bool:
     probe.__dict__ |= {"num_embeddings": 4, "embedding_dim": 3, "padding_idx": None, "max_norm": None}
     probe.__dict__ |= {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
     probe.weight = nn.Parameter(numbers(4, 3))
-    probe.__dict__ |= dict.fromkeys(_SCALES, torch.tensor(3.0))
+    probe.__dict__ |= dict.fromkeys(SCALES, torch.tensor(3.0))
     ids = torch.tensor([[0, 3, 1]])
     return _same(probe, ids, 3.0 * probe.weight[ids])
 

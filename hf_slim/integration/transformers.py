@@ -30,6 +30,7 @@ from hf_slim.core.experts import Experts, Layout, fuse, unfuse
 from hf_slim.core.layers import stream_plan
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import Layer, find_layers
+from hf_slim.core.shapes import Shapes, reshape, settle
 from hf_slim.core.stage import Stage, make_stage
 from hf_slim.core.swap import densify, empty_like, followers, put_encoded, set_module
 from hf_slim.encodings import Encoding, read_encoding
@@ -53,7 +54,8 @@ class SlimConfig(QuantizationConfigMixin):
         PlanError: a method that needs calibration data or a trainer (use `hf_slim.compress`).
 
     A stored config names no method but, layer by layer, the encoding: `encodings` is a list of descriptions, `modules`
-    maps a module's name to its place in that list.
+    maps a module's name to its place in that list. Of a model that was pruned to shapes which its config cannot say,
+    `shapes` has those of tensors, and `numbers` what modules hold about themselves (`num_heads`).
 
     >>> SlimConfig("quantize.rtn", bits=4, group_size=64).options["bits"]
     4
@@ -63,6 +65,8 @@ class SlimConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.encodings: list[dict[str, Any]] = options.pop("encodings", [])
         self.modules: dict[str, int] = options.pop("modules", {})
+        self.shapes: dict[str, list[int]] = options.pop("shapes", {})
+        self.numbers: dict[str, dict[str, Any]] = options.pop("numbers", {})
         self.format: int = options.pop("format", FORMAT)
         options.pop("quant_method", None)
         self.method = method
@@ -101,7 +105,8 @@ class SlimConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         stored = {k: v for k, v in copy.deepcopy(self.__dict__).items() if v not in (None, {}, [])}
-        return stored if not self.modules else {k: v for k, v in stored.items() if k not in ("method", "options")}
+        written = self.modules or self.shapes or self.numbers
+        return {k: v for k, v in stored.items() if k not in ("method", "options")} if written else stored
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -176,7 +181,9 @@ class SlimQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype=None, **kwargs: Any
     ) -> PreTrainedModel:
+        left = reshape(model, _stored_shapes(model, self.quantization_config))
         experts = unfuse(model)
+        reshape(model, left)  # experts of different sizes
         if self.pre_quantized:
             for name, stored_name in _stored_layers(model, self.quantization_config).items():
                 module = model.get_submodule(name)
@@ -210,8 +217,13 @@ class SlimQuantizer(HfQuantizer):
         return find_method(self._stage.method).encode(W, self._planned[name], self._stage.options, keep=None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        mark(model)
+        mark(model, _stored_shapes(model, self.quantization_config))
         return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """What Transformers calls at the end of `dequantize()`: a model of other shapes still needs them stored."""
+        super().remove_quantization_config(model)
+        mark(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         make_dense(model)
@@ -258,13 +270,31 @@ def _stored_layers(model: PreTrainedModel, config: SlimConfig) -> dict[str, str]
     return found
 
 
-def mark(model: PreTrainedModel) -> None:
-    """Give the model the `quantization_config` that describes its encoded layers, so that it saves and loads.
+def _stored_shapes(model: PreTrainedModel, config: SlimConfig) -> Shapes:
+    """The stored shapes under the names that the loaded class gives to its tensors; see `_stored_layers`."""
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
 
-    A model without any is marked as a plain one, unless another quantizer (bitsandbytes) holds it. Experts that are all
-    dense are fused again.
+    def renamed(stored: str, tensor: bool) -> str:
+        names = (stored, stored.removeprefix(prefix), prefix + stored)
+        return next((n for n in names if (n.rpartition(".")[0] if tensor else n) in modules), stored)
+
+    tensors = {renamed(name, True): shape for name, shape in config.shapes.items()}
+    return Shapes(tensors, {renamed(name, False): numbers for name, numbers in config.numbers.items()})
+
+
+def mark(model: PreTrainedModel, shapes: Shapes | None = None) -> None:
+    """Give the model the `quantization_config` that describes its encoded layers and its shapes: it saves and loads.
+
+    A model that its config says all about is marked as a plain one; one that another quantizer (bitsandbytes) holds is
+    left alone. Experts that are all dense and of one size are fused again.
+
+    Args:
+        shapes: what its config cannot say about its shapes, where that is known; otherwise it is found out, and the
+            config changed where that is enough.
     """
     fuse(model)
+    if getattr(model, "quantization_method", QUANT_METHOD) != QUANT_METHOD:
+        return
     encodings: list[dict[str, Any]] = []
     modules: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -275,11 +305,12 @@ def mark(model: PreTrainedModel) -> None:
             if description not in encodings:
                 encodings.append(description)
             modules[name] = encodings.index(description)
-    if not modules:
-        if getattr(model, "quantization_method", QUANT_METHOD) == QUANT_METHOD:
-            _unmark(model)
+    shapes = settle(model) if shapes is None else shapes
+    if not modules and not shapes:
+        _unmark(model)
         return
-    quantizer = SlimQuantizer(SlimConfig(encodings=encodings, modules=modules), pre_quantized=True)
+    stored = {"shapes": dict(shapes.tensors), "numbers": dict(shapes.numbers)}
+    quantizer = SlimQuantizer(SlimConfig(encodings=encodings, modules=modules, **stored), pre_quantized=True)
     model.hf_quantizer = quantizer  # pyright: ignore
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = True  # pyright: ignore
@@ -311,7 +342,7 @@ def make_dense(model: PreTrainedModel) -> None:
     fuse(model)
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    _unmark(model)
+    mark(model)
 
 
 def _unmark(model: PreTrainedModel) -> None:
