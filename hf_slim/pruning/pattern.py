@@ -19,30 +19,9 @@ from torch import Tensor
 from hf_slim.core.errors import SlimError
 from hf_slim.core.select import Layer
 from hf_slim.encodings import Sparse
+from hf_slim.encodings.places import block_of, follows, parse_pattern, storable
 
-
-def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """n and m of "n:m"; None for "unstructured" and "block:b", which have no number of survivors a group.
-
-    Raises:
-        SlimError: none of the three, not 0 < n < m, or b < 2.
-    """
-    if pattern == "unstructured":
-        return None
-    n, colon, m = pattern.partition(":")
-    if n == "block" and m.isdecimal() and int(m) >= 2:
-        return None
-    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise SlimError(
-            "pattern is 'unstructured', 'n:m' with 0 < n < m, such as '2:4', or 'block:b' with b of 2 or more, "
-            f"such as 'block:4'; got {pattern!r}"
-        )
-    return int(n), int(m)
-
-
-def block_of(pattern: str) -> int:
-    """How many consecutive columns go together: b of "block:b", else 1."""
-    return int(pattern.removeprefix("block:")) if pattern.startswith("block:") else 1
+__all__ = ["Pattern", "block_of", "column_problems", "pack", "parse_pattern", "stored", "survivors"]
 
 
 def _checked(pattern: str) -> str:
@@ -71,16 +50,29 @@ def stored(layer: Layer, pattern: str, sparsity: float) -> Sparse:
     """How a layer will be stored once it is pruned; what an earlier pruning dropped does not come back."""
     left = survivors(layer.rows, layer.cols, pattern, sparsity)
     if layer.survivors is None:
-        return Sparse(survivors=left)
-    return Sparse(survivors=min(left, layer.survivors))
+        return Sparse(survivors=left, pattern=storable(pattern))
+    earlier = getattr(layer.encoding, "pattern", None)
+    return Sparse(
+        survivors=min(left, layer.survivors), pattern=storable(pattern) if _refines(pattern, earlier) else None
+    )
 
 
 def pack(
     W: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"], pattern: str = "unstructured"
 ) -> tuple[Sparse, dict[str, Tensor]]:
-    """The weights that `keep` marks, as they are stored."""
-    encoding = Sparse(survivors=int(keep.sum()))
+    """The weights that `keep` marks, as they are stored: by the pattern, where the mask follows it exactly."""
+    by = storable(pattern)
+    encoding = Sparse(survivors=int(keep.sum()), pattern=by if by and follows(keep, by) else None)
     return encoding, encoding.pack(W, keep)
+
+
+def _refines(pattern: str, earlier: str | None) -> bool:
+    """Whether a weight that follows `earlier` can be pruned further so that it follows `pattern` exactly."""
+    before = None if earlier is None else parse_pattern(earlier)
+    after = parse_pattern(pattern)
+    if before is None or after is None:
+        return pattern == earlier
+    return after[1] == before[1] and after[0] <= before[0]
 
 
 def column_problems(name: str, cols: int, pattern: str) -> list[str]:

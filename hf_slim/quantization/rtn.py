@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.layers import Encoded, encode_layers, plan_targets, worth_masking
+from hf_slim.core.layers import Encoded, encode_layers, only_survivors, plan_targets
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, Select
@@ -94,7 +94,7 @@ def encoding(layer: Layer, config: GridConfig) -> Affine:
         bits=chosen.bits,
         group_size=chosen.group_size,
         symmetric=chosen.symmetric,
-        survivors=worth_masking(layer, chosen.bits),
+        **only_survivors(layer, chosen.bits),
     )
 
 

@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import SlimError
-from hf_slim.core.layers import Encoded, encode_layers, plan_targets, worth_masking
+from hf_slim.core.layers import Encoded, encode_layers, only_survivors, plan_targets
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, Select
@@ -395,8 +395,7 @@ def encoding(layer: Layer, config: Config) -> Codebook:
     if layer.kind == "embedding" and config.embeddings is not None:
         bits, scope = config.embeddings.bits, "tensor"
     rows_per_book = {"tensor": None, "row": 1}.get(scope, scope) if isinstance(scope, str) else scope
-    survivors = worth_masking(layer, bits)
-    return Codebook(bits=bits, clusters=2**bits, rows_per_book=rows_per_book, survivors=survivors)
+    return Codebook(bits=bits, clusters=2**bits, rows_per_book=rows_per_book, **only_survivors(layer, bits))
 
 
 def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
