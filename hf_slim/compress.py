@@ -16,8 +16,8 @@ from hf_slim.core.model import check_tokens
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import find_layers
-from hf_slim.core.stage import make_stage
-from hf_slim.methods import find_method
+from hf_slim.core.stage import Stage, make_stage
+from hf_slim.methods import data_needed
 from hf_slim.plan import plan_stage
 
 
@@ -59,7 +59,7 @@ def compress(
     with unfused(model):
         layers = find_layers(model)
         plan_stage(layers, stage, model)
-        _check_needs(method, data, original)
+        _check_needs(stage, data, original)
         check_weights(model, [layer for layer in layers.values() if layer.tied_to is None])
     windows = None if data is None else tokens_from(data, tokenizer, length, samples, seed).ids
     if windows is not None:
@@ -74,8 +74,8 @@ def compress(
     return run_stage(model, stage, context)
 
 
-def _check_needs(method: str, data: Any, original: PreTrainedModel | None) -> None:
-    needs = find_method(method).RULES.needs
+def _check_needs(stage: Stage, data: Any, original: PreTrainedModel | None) -> None:
+    method, needs = stage.method, data_needed(stage.method, stage.options)
     problems = []
     if data is None and (roles := [need for need in needs if need != "original"]):
         problems.append(f"{method} needs {' and '.join(roles)} data; pass data=texts (and tokenizer=...) or token ids")

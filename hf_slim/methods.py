@@ -10,6 +10,7 @@ import re
 from types import ModuleType
 
 from hf_slim.core.errors import RecipeError, nearest
+from hf_slim.core.method import MethodConfig
 
 FAMILIES = {
     "distill": "distillation",
@@ -41,6 +42,12 @@ def find_method(address: str) -> ModuleType:
         raise RecipeError(f"unknown method {address!r}; {nearest(address, known)}")
     family, name = address.split(".")
     return importlib.import_module(f"hf_slim.{FAMILIES[family]}.{name}")
+
+
+def data_needed(address: str, config: MethodConfig) -> tuple[str, ...]:
+    """The data that a method needs with these options: a method whose options ask for more has a function `needs`."""
+    method = find_method(address)
+    return method.needs(config) if hasattr(method, "needs") else method.RULES.needs
 
 
 def changes_model(address: str) -> bool:

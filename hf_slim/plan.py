@@ -22,7 +22,7 @@ from hf_slim.core.model import ModelSource
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.size import count_weights, stored_bytes
 from hf_slim.core.stage import Stage
-from hf_slim.methods import changes_model, find_method, is_export
+from hf_slim.methods import changes_model, data_needed, find_method, is_export
 from hf_slim.recipe import Recipe
 
 ROLES = ("calibration", "train", "held_out")
@@ -77,7 +77,7 @@ class Plan:
 
     def roles(self) -> list[str]:
         """The data that the stages need."""
-        needed = {need for stage in self.stages for need in find_method(stage.stage.method).RULES.needs}
+        needed = {need for stage in self.stages for need in data_needed(stage.stage.method, stage.stage.options)}
         return [role for role in ROLES if role in needed]
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _memory(stage: Stage, layers: dict[str, Layer], other: int) -> int:
     stored = other + sum(layer.nbytes for layer in layers.values())
     widest = max((layer.cols for layer in layers.values() if layer.kind == "linear"), default=0)
     largest = max((layer.rows * layer.cols for layer in layers.values()), default=0)
-    needs = find_method(stage.method).RULES.needs
+    needs = data_needed(stage.method, stage.options)
     extra = 4 * 4 * largest  # a few float32 copies of the largest weight
     if "calibration" in needs:
         extra += 4 * 4 * widest * widest
