@@ -11,12 +11,15 @@ and processes:
     contribution   E|h_j| ||W_:j||               what the neuron adds to the residual
     flap           Var(h_j) ||W_:j||^2           An et al. 2023, arXiv:2312.11983, eq. 6: what a bias cannot replace
     minitron       sqrt(sum over windows of (mean over tokens of |h_j|)^2)    Muralidharan et al. 2024, arXiv:2407.14679
+    surgeon        ||W_:j||^2 / [C^-1]_jj        Hassibi & Stork 1993, for whole columns; C = E h h^T: the error that is
+                                                 left once the others have taken over what they can of neuron j
 
 Differs from the papers: FLAP's variance is over all tokens with 1/n, not averaged over windows with 1/(n - 1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -133,6 +136,79 @@ def minitron(sums: NeuronSums) -> Float[Tensor, " neurons"]:
 def over_one_std(share: Float[Tensor, " neurons"]) -> Bool[Tensor, " neurons"]:
     """True for neurons whose APoZ is above mean + 1 std of their layer: those that Network Trimming removes."""
     return share > share.mean() + share.std(correction=0)
+
+
+def surgeon(
+    W: Float[Tensor, "rows neurons"],
+    C: Float[Tensor, "neurons neurons"],
+    count: int = 0,
+    step: int = 1,
+    ridge: float = 1e-6,
+) -> Float[Tensor, " neurons"]:
+    """Squared error of the output without neuron j, all others refitted; or the order in which to remove neurons.
+
+    Args:
+        C: second moment of h, or its covariance where the layer has a bias.
+        count: remove so many greedily, each time the one that costs least with W and C^-1 as the removals before it
+            left them; they get 0, 1, ... in that order, and those that stay infinity.
+        step: so many are removed between updates.
+        ridge: added to the diagonal of C, as a share of its mean.
+    """
+    W, C = W.double().clone(), C.double()
+    mean = C.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    inverse = torch.linalg.inv(C + ridge * mean * torch.eye(len(C), dtype=C.dtype, device=C.device))
+    rank = torch.full_like(C[0], torch.inf)
+    gone = 0
+    while True:
+        cost = W.square().sum(0) / inverse.diagonal().clamp(min=torch.finfo(C.dtype).tiny)
+        if gone == count:
+            return cost if count == 0 else rank
+        cost[rank < torch.inf] = torch.inf
+        J = cost.argsort(stable=True)[: min(step, count - gone)]
+        rank[J] = torch.arange(gone, gone + len(J), dtype=rank.dtype, device=rank.device)
+        taken = torch.linalg.solve(inverse[J][:, J], inverse[J])
+        W -= W[:, J] @ taken
+        inverse -= inverse[:, J] @ taken
+        gone += len(J)
+
+
+def kept_count(neurons: int, share: float, multiple_of: int = 1) -> int:
+    """How many neurons stay of so many: all but round(share * neurons), then the nearest multiple."""
+    return to_multiple(neurons - round(share * neurons), neurons, multiple_of)
+
+
+def to_multiple(kept: int, neurons: int, multiple_of: int) -> int:
+    """The multiple nearest to `kept`: at least one of it, at most `neurons`; a multiple of 1 is `kept` itself."""
+    if multiple_of == 1:
+        return kept
+    return min(neurons, max(1, round(kept / multiple_of)) * multiple_of)
+
+
+def most_important(importance: Float[Tensor, " neurons"], kept: int) -> Bool[Tensor, " neurons"]:
+    """True for the `kept` neurons of highest importance; of equals the later ones stay."""
+    keep = torch.ones_like(importance, dtype=torch.bool)
+    keep[importance.argsort(stable=True)[: len(importance) - kept]] = False
+    return keep
+
+
+def global_counts(importance: Mapping[str, Tensor], remove: int, least: Mapping[str, int]) -> dict[str, int]:
+    """How many neurons each layer keeps when the least important of all layers go.
+
+    Importance is compared in standard deviations from the mean of its layer, as FLAP does it.
+
+    Args:
+        importance: [neurons] by layer.
+        remove: how many go in all, at most as many as `least` leaves to be removed.
+        least: how many each layer keeps at least.
+    """
+    ranked = {}
+    for name, values in importance.items():
+        z = (values - values.mean()) / values.std(correction=0).clamp(min=torch.finfo(values.dtype).tiny)
+        ranked[name] = z.masked_fill(most_important(values, least[name]), torch.inf)
+    gone = torch.cat(list(ranked.values())).argsort(stable=True)[:remove].cpu()
+    layer = torch.repeat_interleave(torch.arange(len(ranked)), torch.tensor([len(z) for z in ranked.values()]))
+    counts = torch.bincount(layer[gone], minlength=len(ranked)).tolist()
+    return {name: len(z) - count for (name, z), count in zip(ranked.items(), counts, strict=True)}
 
 
 def _values(sums: NeuronSums) -> list[Tensor]:

@@ -12,11 +12,15 @@ from hf_slim.pruning.neurons import (
     apoz_below,
     contribution,
     flap,
+    global_counts,
+    kept_count,
     minitron,
+    most_important,
     neuron_sums,
     no_sums,
     over_one_std,
     over_processes,
+    surgeon,
     threshold,
 )
 
@@ -96,3 +100,73 @@ def test_the_papers_rule_takes_outliers_only():
     share = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9], dtype=torch.float64)
     assert over_one_std(share).tolist() == [False] * 4 + [True]
     assert not over_one_std(torch.full((5,), 0.7, dtype=torch.float64)).any()
+
+
+def correlated(neurons=8, tokens=400, rows=5):
+    """h [tokens, neurons] that are linear in each other to some degree, and W [rows, neurons]."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(neurons, neurons, generator=generator, dtype=torch.float64)
+    h = torch.randn(tokens, neurons, generator=generator, dtype=torch.float64) @ mix
+    return h, torch.randn(rows, neurons, generator=generator, dtype=torch.float64)
+
+
+def test_surgeon_is_the_error_of_the_best_refit_without_the_neuron():
+    h, W = correlated()
+    expected = [reference.error_without(h.numpy(), W.numpy(), [j]) for j in range(8)]
+    np.testing.assert_allclose(surgeon(W, h.T @ h / len(h), ridge=1e-12).numpy(), expected, rtol=1e-5)
+
+
+def test_surgeon_removes_greedily():
+    h, W = correlated()
+    rank = surgeon(W, h.T @ h / len(h), count=4, ridge=1e-12)
+    assert rank.argsort()[:4].tolist() == reference.greedy(h.numpy(), W.numpy(), 4)
+    assert rank.isinf().sum() == 4
+
+
+def test_surgeon_in_steps_removes_as_many_and_hardly_worse():
+    h, W = correlated(neurons=24, rows=12)
+    C = h.T @ h / len(h)
+    gone = [surgeon(W, C, count=12, step=step).argsort()[:12].tolist() for step in (1, 3)]
+    fine, coarse = (reference.error_without(h.numpy(), W.numpy(), chosen) for chosen in gone)
+    assert len(set(gone[1])) == 12
+    assert coarse < 1.5 * fine
+
+
+def test_surgeon_takes_the_dead_and_the_doubled_first():
+    h, W = correlated()
+    h[:, 2] = 0
+    h[:, 5] = -3 * h[:, 4]
+    gone = surgeon(W, h.T @ h / len(h), count=2).argsort()[:2].tolist()
+    assert 2 in gone
+    assert {4, 5} & set(gone)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "share", "multiple_of", "kept"),
+    [
+        (48, 0.25, 1, 36),
+        (7, 0.5, 1, 3),
+        (7, 0.01, 1, 7),
+        (7, 0.99, 1, 0),
+        (48, 0.3, 8, 32),
+        (48, 0.99, 8, 8),
+        (50, 0.01, 8, 48),
+        (50, 0.001, 64, 50),
+    ],
+)
+def test_kept_counts(neurons, share, multiple_of, kept):
+    assert kept_count(neurons, share, multiple_of) == kept
+
+
+def test_the_most_important_stay_and_ties_go_by_position():
+    assert most_important(torch.tensor([3.0, 1.0, 2.0, 1.0]), 2).tolist() == [True, False, True, False]
+    assert most_important(torch.ones(4), 1).tolist() == [False, False, False, True]
+    assert most_important(torch.ones(3), 3).all()
+
+
+def test_a_global_ranking_removes_so_many_and_spares_every_layers_floor():
+    scores = {"a": torch.tensor([0.0, 0.0, 0.0, 10.0]), "b": 100 * torch.tensor([0.9, 1.0, 1.1, 1.0])}
+    counts = global_counts(scores, 4, {"a": 1, "b": 1})
+    assert counts == {"a": 1, "b": 3}  # in standard deviations b's smallest lies below a's, then come a's three
+    assert global_counts(scores, 4, {"a": 3, "b": 1}) == {"a": 3, "b": 1}
+    assert global_counts(scores, 0, {"a": 1, "b": 1}) == {"a": 4, "b": 4}

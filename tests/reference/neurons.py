@@ -36,3 +36,20 @@ def minitron(h: np.ndarray, keep: np.ndarray) -> list[float]:
     """L2 norm over windows of the mean magnitude of a window's kept tokens."""
     means = [np.abs(window[kept]).mean(0) for window, kept in zip(h, keep, strict=True) if kept.any()]
     return [float(np.sqrt(sum(mean[j] ** 2 for mean in means))) for j in range(h.shape[2])]
+
+
+def error_without(h: np.ndarray, W: np.ndarray, gone: list[int]) -> float:
+    """Mean squared error of h Wᵀ by the neurons that stay, weighted as well as can be: least squares on the samples."""
+    stay = [j for j in range(h.shape[1]) if j not in gone]
+    wanted = h @ W.T
+    solution = np.linalg.lstsq(h[:, stay], wanted, rcond=None)[0]
+    return float(np.sum((wanted - h[:, stay] @ solution) ** 2) / len(h))
+
+
+def greedy(h: np.ndarray, W: np.ndarray, count: int) -> list[int]:
+    """Neurons in the order in which they go when each time the one goes whose loss leaves the smallest error."""
+    gone: list[int] = []
+    for _ in range(count):
+        left = [j for j in range(h.shape[1]) if j not in gone]
+        gone.append(min(left, key=lambda j: error_without(h, W, [*gone, j])))
+    return gone
