@@ -86,6 +86,7 @@ METHODS: dict[str, Method] = {
     "distill.logits": Method(TRAINING, smaller=False, refusals=(TWO_INPUTS,)),
     "prune.magnitude": Method({"sparsity": 0.5}),
     "prune.gradual": Method({"sparsity": 0.5, "training": TRAINING}, refusals=(NO_LOSS,)),
+    "prune.apoz": Method({"share": 0.25}),
     "share.kmeans": Method({"bits": 3, "scope": "tensor"} | TABLE),
     "quantize.rtn": Method(GRID | TABLE),
     "quantize.hqq": Method(GRID | TABLE | {"iterations": 3}),

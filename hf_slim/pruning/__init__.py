@@ -1,3 +1,3 @@
 """Pruning: drop weights, and store only those that remain."""
 
-METHODS = ("magnitude", "gradual")
+METHODS = ("magnitude", "gradual", "apoz")
