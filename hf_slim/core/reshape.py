@@ -8,6 +8,7 @@ gets a view of the config of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from hf_slim.core.errors import ModelError
 from hf_slim.core.swap import get_keep, get_weight, set_module
 from hf_slim.encodings import Sparse
 from hf_slim.encodings.modules import EncodedLinear, EncodedModule
+from hf_slim.encodings.places import follows
 
 if TYPE_CHECKING:
     from hf_slim.core.units import Units
@@ -34,7 +36,7 @@ class OwnConfig:
         own: what differs.
     """
 
-    def __init__(self, shared: Any, **own: int):
+    def __init__(self, shared: Any, **own: Any):
         self.__dict__ |= {"shared": shared} | own
 
     def __getattr__(self, name: str) -> Any:
@@ -42,16 +44,17 @@ class OwnConfig:
             raise AttributeError(name)
         return getattr(self.shared, name)
 
+    def copied(self) -> Any:
+        """A config that has all of it."""
+        made = copy.copy(self.shared)
+        for name, value in vars(self).items():
+            if name != "shared":
+                setattr(made, name, value)
+        return made
 
-def get_counts(module: nn.Module) -> dict[str, int]:
-    """The whole numbers that a module keeps: its own by name, those of its view of the config as "config.name"."""
-    config = vars(module).get("config")
-    inside = config if isinstance(config, OwnConfig) else None
-    return _numbers(module) | ({} if inside is None else {f"config.{k}": v for k, v in _numbers(inside).items()})
 
-
-def set_count(module: nn.Module, name: str, value: int) -> None:
-    """Change one of the numbers that `get_counts` names, or ("config.name") one in the module's view of the config."""
+def set_count(module: Any, name: str, value: Any) -> None:
+    """Change one of the numbers that `countable` names; "config.x" is x in the module's own view of the config."""
     place, _, attribute = name.rpartition(".")
     if not place:
         setattr(module, attribute, value)
@@ -62,11 +65,11 @@ def set_count(module: nn.Module, name: str, value: int) -> None:
 
 
 def countable(module: nn.Module) -> dict[str, int]:
-    """All numbers that `set_count` can change: the module's own, and those of the config that it holds."""
+    """The whole numbers that a module keeps: its own by name, those of the config that it holds as "config.name"."""
     config = vars(module).get("config")
-    shared = config.shared if isinstance(config, OwnConfig) else config
-    known = _numbers(shared) if isinstance(shared, PretrainedConfig) else {}
-    return {f"config.{name}": value for name, value in known.items()} | get_counts(module)
+    config = config.copied() if isinstance(config, OwnConfig) else config
+    known = _numbers(config) if isinstance(config, PretrainedConfig) else {}
+    return {f"config.{name}": value for name, value in known.items()} | _numbers(module)
 
 
 def split_count(path: str) -> tuple[str, str]:
@@ -139,7 +142,7 @@ def cut_layer(model: nn.Module, name: str, rows: Int[Tensor, " n"] | None, cols:
     if rows is not None and bias is not None:
         module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)], requires_grad=bias.requires_grad)
     if isinstance(module, EncodedModule):
-        W, keep = _taken(get_weight(module), rows, cols), _taken(_survivors(module), rows, cols)
+        W, keep = (_taken(tensor, rows, cols) for tensor in (get_weight(module), _survivors(module)))
         set_module(model, name, _sparse(module, W, keep))
         return
     W = _taken(get_weight(module), rows, cols)
@@ -195,7 +198,9 @@ def _survivors(module: EncodedModule) -> Bool[Tensor, "rows cols"]:
 
 def _sparse(module: Any, W: Tensor, keep: Bool[Tensor, "rows cols"]) -> EncodedLinear:
     """A sparse layer in the place of another one, with that one's bias."""
-    encoding = Sparse(survivors=int(keep.sum()))
+    pattern: str | None = module.encoding.pattern
+    kept = pattern if pattern is not None and follows(keep, pattern) else None
+    encoding = Sparse(survivors=int(keep.sum()), pattern=kept)
     made = EncodedLinear(*W.shape[::-1], encoding, False, module.compute_dtype, W.device, module.turned)
     made.put(encoding.pack(W, keep))
     made.bias = module.bias
