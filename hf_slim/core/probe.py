@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What a forward may raise when it is run on a module that is not the one it was written for."""
+FAILURES = (
+    *(ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)
+"""What a module or a config may raise when it is tried with what it was not written for."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
