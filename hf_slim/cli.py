@@ -1,7 +1,7 @@
 """The command `hf-slim`: parse and print, nothing else.
 
     hf-slim methods                        what there is
-    hf-slim inspect MODEL                  layers, shapes, bytes by kind, tied weights
+    hf-slim inspect MODEL                  layers, shapes, bytes by kind, tied weights; on demand what could go
     hf-slim plan RECIPE                    what would happen to every layer; no weights are loaded
     hf-slim run RECIPE --out DIR           do it
     hf-slim eval MODEL                     perplexity, agreement, speed
@@ -21,22 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 from transformers.utils import logging as transformers_logging
 
 import hf_slim
 from hf_slim.core.data import DataSource, load_tokens
-from hf_slim.core.errors import DataError, SlimError
+from hf_slim.core.errors import DataError, PlanError, SlimError
 from hf_slim.core.model import ModelSource
 from hf_slim.core.parallel import device, is_main
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import RunReport
+from hf_slim.core.tables import make_table
 from hf_slim.evaluation.measure import measure
 from hf_slim.export.artifact import read_report
 from hf_slim.export.card import model_card
 from hf_slim.export.table import stage_seconds, summary
-from hf_slim.inspect import inspect_model
+from hf_slim.insight.plots import plot_folder
+from hf_slim.insight.sensitivity import SensitivityInsight
+from hf_slim.inspect import INSIGHTS, inspect_model, look_into
 from hf_slim.methods import addresses, find_method
 from hf_slim.methods import summary as first_words
 from hf_slim.plan import Plan, make_plan
@@ -44,6 +46,7 @@ from hf_slim.recipe import Recipe, load_recipe
 from hf_slim.run import run_recipe
 
 WIDTH = 80
+MOST_SENSITIVE = 20  # layers that are shown, unless all are asked for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", _inspect, "layers, shapes, parameters and bytes of a model")
     inspect.add_argument("model", help="Hub id, local folder or GGUF file")
     inspect.add_argument("--layers", action="store_true", help="one line a layer")
+    _insight_arguments(inspect)
 
     plan = _command(commands, "plan", _plan, "what a recipe would do to every layer; loads no weights")
     _recipe_arguments(plan)
@@ -129,6 +133,19 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="Hub id, local folder or GGUF file; instead of the recipe's")
 
 
+def _insight_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what could go (loads the weights)")
+    group.add_argument("--weights", action="store_true", help="how many weights are small, by kind of layer")
+    group.add_argument("--activations", action="store_true", help="APoZ and contribution of MLP neurons, on text")
+    group.add_argument("--sensitivity", action="store_true", help="loss when one layer alone is pruned, on text")
+    group.add_argument("--by-kind", action="store_true", help="sensitivity of a kind's layers together: much faster")
+    group.add_argument("--fraction", type=float, default=0.1, help="of a layer's rms that counts as 0 (default 0.1)")
+    group.add_argument("--data", default="builtin", help="text: builtin, a txt/jsonl/parquet file, or a Hub data set")
+    group.add_argument("--samples", type=int, default=8, help="windows (default 8)")
+    group.add_argument("--length", type=int, default=128, help="tokens in a window (default 128)")
+    group.add_argument("--plots", metavar="DIR", help="write a PNG of each into this folder")
+
+
 def _methods(arguments: argparse.Namespace) -> Any:
     rows = []
     for address in addresses():
@@ -140,12 +157,22 @@ def _methods(arguments: argparse.Namespace) -> Any:
 
 
 def _inspect(arguments: argparse.Namespace) -> Any:
+    wanted = [name for name in INSIGHTS if getattr(arguments, name)]
+    if arguments.plots and not wanted:
+        raise PlanError("--plots draws what --weights, --activations and --sensitivity find; give at least one of them")
     found = inspect_model(ModelSource(arguments.model))
     _say(
         arguments,
         f"{found['model']}: {found['architecture']}, {found['parameters'] / 1e6:.1f} M weights, "
         f"{found['bytes'] / 1e6:.1f} MB, {found['bits']:.2f} bits a weight",
     )
+    if wanted:
+        return found | _insights(arguments, wanted)
+    _show_parts(arguments, found)
+    return found
+
+
+def _show_parts(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     kinds = [
         [k["kind"], str(k["count"]), f"{k['parameters'] / 1e6:.2f}", f"{k['bytes'] / 1e6:.1f}", f"{k['share']:.1%}"]
         for k in found["kinds"]
@@ -162,6 +189,27 @@ def _inspect(arguments: argparse.Namespace) -> Any:
     if arguments.layers:
         rows = [[x["name"], x["kind"], f"{x['rows']} x {x['cols']}", x["encoding"]] for x in found["layers"]]
         _print_table(arguments, ["layer", "kind", "shape", "stored as"], rows)
+
+
+def _insights(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
+    folder = None if arguments.plots is None else plot_folder(arguments.plots)
+    looks = look_into(
+        ModelSource(arguments.model),
+        wanted,
+        _held_out(arguments),
+        by_layer=arguments.layers,
+        by_kind=arguments.by_kind,
+        fraction=arguments.fraction,
+        progress=Progress(show=False if arguments.json else None),
+    )
+    for insight in looks.values():
+        if not arguments.json:
+            short = None if arguments.layers or not isinstance(insight, SensitivityInsight) else MOST_SENSITIVE
+            _print(insight.table() if short is None else insight.table(short))
+    found: dict[str, Any] = {name: insight.to_dict() for name, insight in looks.items()}
+    if folder is not None:
+        found["plots"] = [str(insight.plot(folder / f"{name}.png")) for name, insight in looks.items()]
+        _say(arguments, f"plots: {', '.join(found['plots'])}")
     return found
 
 
@@ -259,24 +307,18 @@ def _print_table(arguments: argparse.Namespace, columns: list[str], rows: list[l
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for position, column in enumerate(columns):
-        number = position > 0 and all(_is_number(row[position]) for row in rows)
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    _print(make_table(columns, rows))
+
+
+def _print(shown: RenderableType) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(table)
+    console.print(shown)
     console.print()
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:
     if not arguments.json and is_main():
         print(text)
-
-
-def _is_number(text: str) -> bool:
-    return text == "" or text.lstrip("<- ")[:1].isdigit()
 
 
 if __name__ == "__main__":

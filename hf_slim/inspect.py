@@ -1,4 +1,7 @@
-"""What a model consists of: layers, shapes, weights and bytes by kind, tied weights. Reads its config, no weights."""
+"""What a model consists of: layers, shapes, weights and bytes by kind, tied weights. Reads its config, no weights.
+
+`look_into` goes further and loads it: what its weights look like, what its neurons do, what each layer can spare.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,19 @@ from typing import Any
 
 import torch
 
+from hf_slim import insight
 from hf_slim.core.arithmetic import fast_dtype
+from hf_slim.core.data import DataSource, load_tokens
 from hf_slim.core.model import ModelSource
+from hf_slim.core.parallel import device as computing_device
+from hf_slim.core.progress import Progress
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.size import count_weights, stored_bytes
 from hf_slim.encodings.kernels import FEW_ROWS, kernel_for, why_not_packed
 
 KINDS = ("embedding", "linear in blocks", "linear outside", "head")
+INSIGHTS = ("weights", "activations", "sensitivity")
+Insight = insight.WeightInsight | insight.ActivationInsight | insight.SensitivityInsight
 
 
 def inspect_model(source: ModelSource) -> dict[str, Any]:
@@ -53,6 +62,39 @@ def inspect_model(source: ModelSource) -> dict[str, Any]:
             for x in layers.values()
         ],
     }
+
+
+def look_into(
+    source: ModelSource,
+    wanted: Iterable[str],
+    data: DataSource,
+    *,
+    by_layer: bool = False,
+    by_kind: bool = False,
+    fraction: float = 0.1,
+    progress: Progress | None = None,
+) -> dict[str, Insight]:
+    """Load a model and look at it in one or several ways.
+
+    Args:
+        wanted: of INSIGHTS.
+        data: text for activations and sensitivity; its held-out windows.
+        by_layer: weights of every layer, not of every kind of layer.
+        by_kind: sensitivity of all layers of a kind together, not of each layer.
+        fraction: of a layer's rms under which an output counts as nothing.
+
+    Raises:
+        ModelError, DataError: model or text cannot be used.
+    """
+    wanted = set(wanted)
+    windows = load_tokens(data, "held_out", source.load_tokenizer()).ids if wanted - {"weights"} else None
+    model = source.load().to(computing_device())
+    looks = {
+        "weights": lambda: insight.weights(model, by="layer" if by_layer else "kind", progress=progress),
+        "activations": lambda: insight.activations(model, windows, fraction=fraction, progress=progress),
+        "sensitivity": lambda: insight.sensitivity(model, windows, by_kind=by_kind, progress=progress),
+    }
+    return {name: looks[name]() for name in INSIGHTS if name in wanted}
 
 
 def _kernels(layers: Iterable[Layer]) -> list[dict[str, Any]]:
