@@ -1,4 +1,4 @@
-"""What learns while a block is tuned: weights that are rounded to their grids, and parameters that stay dense.
+"""What learns while a quantized block is tuned: weights that are rounded to their grids.
 
     W_q = (round(u) - z) s,    -1/2 < u < 2**bits - 1/2,    s = s0 exp(r)
 
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from hf_slim.core.tuning import Part
 from hf_slim.core.walk import Solution
 from hf_slim.encodings import Affine
 from hf_slim.encodings.codes import load_codes
@@ -69,7 +70,7 @@ def begin(found: Solution, W: Tensor, keep: Tensor | None) -> Start:
     assert isinstance(encoding, Affine)
     rows, cols = W.shape
     scales = tensors["scales"]
-    codes, _ = load_codes(tensors, encoding.bits, rows, cols, encoding.survivors)
+    codes, _ = load_codes(tensors, encoding.bits, rows, cols, encoding.survivors, encoding.pattern)
     if encoding.symmetric:
         zeros = torch.full_like(scales, 2 ** (encoding.bits - 1), dtype=torch.uint8)
     else:
@@ -109,7 +110,7 @@ class _RoundStraight(torch.autograd.Function):
         return slope * scales, (slope * W).sum(-1, keepdim=True) / scales, None
 
 
-class Soft(nn.Module):
+class Soft(Part):
     """A layer's weight, whose rounding and scales learn: `u` and `scales.stretch`."""
 
     zeros: Tensor
@@ -133,24 +134,3 @@ class Soft(nn.Module):
         """Codes, scales and zero points that decode to what the forward pass gives."""
         codes = self.u.detach().round().to(torch.uint8).flatten(1)[:, : self.cols].contiguous()
         return codes, self.scales().detach().to(self.scales.stored_dtype), self.zeros.to(torch.uint8)
-
-
-class Dense(nn.Module):
-    """A parameter that stays dense, such as a norm's weight; it learns in units of its root mean square.
-
-    Args:
-        value: at the start.
-        dtype: that it is stored in. The forward pass rounds to it, straight-through.
-    """
-
-    value: Tensor
-
-    def __init__(self, value: Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.dtype, self.unit = dtype, value.float().square().mean().sqrt().item() or 0.1
-        self.register_buffer("value", value.detach().float())
-        self.shift = nn.Parameter(torch.zeros_like(self.value))
-
-    def forward(self) -> Tensor:
-        learned = self.value + self.unit * self.shift
-        return learned.detach().to(self.dtype).float() + (learned - learned.detach())

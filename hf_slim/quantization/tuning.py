@@ -1,49 +1,33 @@
-"""The loop of the methods that tune a block: rounded weights learn to make it put out what the dense block did.
+"""What the methods that tune rounded weights share: they make a block put out what the dense block did.
 
-    minimise over θ   L(θ) = Σ_x |f(x; W_q(θ)) - y(x)|² / Σ_x |y(x)|²
-
-f is the block, x [windows, length, width] what reaches it through the compressed blocks before it, y what the dense
-model has there, W_q(θ) the block's weights on their grids, differentiable straight through the rounding (`soft.py`).
-An iteration takes one batch, in an order drawn anew, by the seed, for every pass over the data; learning rates fall
-linearly to zero. Methods differ in the optimizer that moves the weights; the scales learn by Adam on their logarithms,
-and with them the block's norms and biases.
-
-The iterate that is kept is the best of three: before, halfway and at the end, L is measured on a fixed eighth of the
-batches (four at most). If nothing beats the start, the block stays as it was, and says so.
-
-Under `accelerate launch` every process draws batches from its own windows, and gradients are averaged.
+The loop is that of `core/tuning.py`; W(θ) are here the block's weights on their grids, differentiable straight through
+the rounding (`soft.py`). Methods differ in the optimizer that moves the weights; the scales learn by Adam on their
+logarithms, and with them the block's norms and biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam, Optimizer
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.context import Context
 from hf_slim.core.layers import plan_targets
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer
 from hf_slim.core.swap import densify, get_keep, get_weight
+from hf_slim.core.tuning import BETAS, Dense, dense_parts, tune
 from hf_slim.core.walk import Block, Solution, Statistics, walk
 from hf_slim.encodings import Affine
 from hf_slim.encodings.modules import EncodedModule
 from hf_slim.quantization import gptq, rtn
-from hf_slim.quantization.soft import Dense, Soft, Start, begin
-
-# Of Adam's averages: memories as short as the training. One pass in block 7 of SmolLM2-135M at 3 bits takes the
-# held-out error of the block's output to 0.266 with these, to 0.280 with PyTorch's defaults.
-BETAS = (0.3, 0.9)
-_JUDGES = 4
+from hf_slim.quantization.soft import Soft, Start, begin
 
 
 class TuningConfig(gptq.Config):
@@ -64,100 +48,6 @@ class TuningConfig(gptq.Config):
         if self.guided is not None:
             raise ValueError("guided: tuning follows the block's output, not the loss; leave it out")
         return self
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """L on the judged batches, before and after; equal if the start was kept."""
-
-    before: float
-    after: float
-
-
-def tune(
-    block: Block,
-    parts: Mapping[str, nn.Module],
-    optimizers: Sequence[Optimizer],
-    iterations: int,
-    seed: int,
-) -> Tuned:
-    """Train parts of a block, and leave them at the best iterate judged.
-
-    Args:
-        block: with targets.
-        parts: {parameter's name below the block: what gives its value}.
-        optimizers: of the parts' parameters.
-        iterations: steps.
-        seed: of the order of the batches.
-    """
-    learning = [p for part in parts.values() for p in part.parameters()]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
-    judged = range(0, len(block), max(1, -(-len(block) // min(_JUDGES, -(-len(block) // 8)))))
-    before = best = _loss(block, parts, judged)
-    kept = [p.detach().clone() for p in learning]
-    batches = _order(len(block), seed)
-    for t in range(iterations):
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * (1 - t / iterations)
-        _step(block, parts, next(batches), learning)
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            for part in parts.values():
-                if isinstance(part, Soft):
-                    part.confine()
-        if t + 1 in (iterations // 2, iterations):
-            loss = _loss(block, parts, judged)
-            if loss < best:
-                best, kept = loss, [p.detach().clone() for p in learning]
-    with torch.no_grad():
-        for parameter, value in zip(learning, kept, strict=True):
-            parameter.copy_(value)
-    return Tuned(before, best)
-
-
-def _order(count: int, seed: int) -> Iterator[int]:
-    """Numbers of batches, every pass in an order of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
-
-
-def _computed(block: Block, parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What the block computes with, in the dtype that it computes in."""
-    values = {}
-    for name, part in parts.items():
-        own = block.module.get_submodule(name.rpartition(".")[0])
-        value = part().to(block.module.get_parameter(name).dtype)
-        values[name] = value.T if isinstance(own, Conv1D) and value.dim() == 2 else value
-    return values
-
-
-def _squared(out: Tensor, target: Tensor) -> Tensor:
-    return (out.float() - target.float()).square().sum()
-
-
-@torch.no_grad()
-def _loss(block: Block, parts: Mapping[str, nn.Module], judged: Sequence[int]) -> float:
-    """L on the judged batches of all processes."""
-    values = _computed(block, parts)
-    lost = sum(_squared(block.run(i, values), block.target(i)) for i in judged)
-    power = sum(block.target(i).float().square().sum() for i in judged)
-    lost, power = reduce(torch.stack([lost, power]), reduction="sum").tolist()  # pyright: ignore
-    return lost / power if power > 0 else lost
-
-
-@torch.enable_grad()
-def _step(block: Block, parts: Mapping[str, nn.Module], i: int, learning: Sequence[nn.Parameter]) -> None:
-    """Gradients of one batch's loss, averaged over all processes; none for experts that no token was routed to."""
-    loss = _squared(block.run(i, _computed(block, parts)), block.target(i))
-    slopes = torch.autograd.grad(loss, learning, allow_unused=True)
-    several = PartialState().num_processes > 1
-    for p, slope in zip(learning, slopes, strict=True):
-        if several:
-            slope = reduce(torch.zeros_like(p) if slope is None else slope, reduction="mean")
-        p.grad = slope  # pyright: ignore
 
 
 Optimize = Callable[[list[nn.Parameter]], Optimizer]
@@ -204,7 +94,7 @@ class _Tuner:
         found = self._start(statistics, [n for n in self.layers if n.startswith(f"{block.name}.")])
         starts = {name: self._begin(name, solution) for name, solution in found.items()}
         soft = {f"{name.removeprefix(block.name + '.')}.weight": Soft(s) for name, s in starts.items()}
-        dense = self._dense(block)
+        dense = dense_parts(block, self.stored) if self.config.dense_rate else {}
         optimizers = self._optimizers([*soft.values()], [*dense.values()])
         tuned = tune(block, soft | dense, optimizers, self.config.iterations, self.seed)
         if not tuned.after < tuned.before:
@@ -238,12 +128,6 @@ class _Tuner:
         groups = [{"params": [part.scales.stretch for part in soft], "lr": self.config.scale_rate}]
         groups += [{"params": [part.shift for part in dense], "lr": self.config.dense_rate}] if dense else []
         return [self.optimize([part.u for part in soft]), Adam(groups, betas=BETAS, fused=True)]
-
-    def _dense(self, block: Block) -> dict[str, Dense]:
-        if self.config.dense_rate == 0:
-            return {}
-        learning = {name: p for name, p in block.module.named_parameters() if p.dim() == 1}
-        return {name: Dense(p.data, self.stored[f"{block.name}.{name}"]) for name, p in learning.items()}
 
     def _end(self, solution: Solution, start: Start, part: Soft, measured: dict[str, float]) -> Solution:
         encoding = solution.encoded[0]

@@ -22,6 +22,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import RecipeError
 from hf_slim.core.stage import make_stage
 from hf_slim.core.swap import get_weight
+from hf_slim.core.tuning import computed
 from hf_slim.encodings import Affine
 from hf_slim.evaluation.agreement import agreement
 from hf_slim.quantization import autoround, blockwise, soft, tuning
@@ -139,7 +140,7 @@ def test_compressed_model_computes_what_was_tuned(monkeypatch, tmp_path, method,
 
     def watched(block, parts, *rest):
         result = tune(block, parts, *rest)
-        values.update({f"{block.name}.{key}": v.clone() for key, v in tuning._computed(block, parts).items()})
+        values.update({f"{block.name}.{key}": v.clone() for key, v in computed(block, parts).items()})
         return result
 
     monkeypatch.setattr(tuning, "tune", watched)
