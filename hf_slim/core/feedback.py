@@ -22,6 +22,10 @@ from torch import Tensor
 # may be of any type that holds them.
 RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
+# What decides which weights of a run of columns survive: (weights [columns, rows] with the feedback of all columns
+# before the run, columns of W [columns]) -> keep [columns, rows].
+ChooseKeep = Callable[[Tensor, Tensor], Tensor]
+
 
 class SingularHessian(ArithmeticError):
     """No damping made the Hessian positive definite, as with NaN or infinite inputs."""
@@ -78,6 +82,8 @@ def error_feedback(
     round_column: RoundColumn,
     block: int = 32,
     keep: Bool[Tensor, "rows cols"] | None = None,
+    choose: ChooseKeep | None = None,
+    window: int = 128,
 ) -> tuple[UInt8[Tensor, "rows cols"], Float[Tensor, "rows cols"]]:
     """Round with error feedback on any grid whose entries are chosen one at a time.
 
@@ -87,6 +93,8 @@ def error_feedback(
         round_column: called once for every column, in `shared.order`; gets weights that carry the feedback.
         block: longest run of columns in which every column is repaired by itself.
         keep: False where a weight is pruned: its value becomes exactly 0, its code that of 0.
+        choose: decides that on the way, in place of `keep`.
+        window: columns that `choose` decides about at a time.
 
     Returns:
         Codes, and the float32 values they stand for.
@@ -98,15 +106,21 @@ def error_feedback(
     error = W.float().t()[order]
     moving = error.clone()
     kept = None if keep is None else keep.t()[order].to(moving.dtype)
+    if choose is not None:
+        kept = torch.empty_like(moving)  # filled in run by run
     codes = torch.empty(moving.shape, dtype=torch.uint8, device=W.device)
     columns = list(zip(order.tolist(), moving, error, codes, strict=True))
 
-    def sweep(start: int, stop: int) -> None:
-        if stop - start > block:
-            middle = (start + stop) // 2
-            sweep(start, middle)
+    def sweep(start: int, stop: int, window: int) -> None:
+        if stop - start > (window or block):
+            unit = window or 1
+            middle = start + unit * max(1, (stop - start) // (2 * unit))
+            sweep(start, middle, window)
             moving[middle:stop].addmm_(feedback[start:middle, middle:stop].t(), error[start:middle])
-            return sweep(middle, stop)
+            return sweep(middle, stop, window)
+        if choose is not None and kept is not None and window:
+            kept[start:stop] = choose(moving[start:stop], order[start:stop])
+            return sweep(start, stop, 0)
         for j in range(start, stop):
             column, w, lost, code = columns[j]
             found, value = round_column(w if kept is None else w * kept[j], column)
@@ -116,6 +130,6 @@ def error_feedback(
             if j + 1 < stop:
                 moving[j + 1 : stop].addr_(feedback[j, j + 1 : stop], lost)
 
-    sweep(0, len(order))
+    sweep(0, len(order), 0 if choose is None else window)
     inverse = order.argsort()
     return codes[inverse].t().contiguous(), moving[inverse].t().contiguous()

@@ -116,17 +116,17 @@ class Sums:
         """
         counts = torch.tensor([self.tokens.get(name, 0) for name in widths]).to(PartialState().device)
         counts = reduce(counts, reduction="sum").tolist()  # pyright: ignore
-        reduced: dict[int, Tensor] = {}
+        reduced: dict[int, tuple[Tensor, Tensor]] = {}  # the sum too: its id is not used again while it lives
         found = {}
         for (name, width), count in zip(widths.items(), counts, strict=True):
             total = self.sums.get(name)
             total = self._zeros(width, PartialState().device) if total is None else total
             share = 2.0 / max(1, count)
             if id(total) not in reduced:
-                reduced[id(total)] = _over_processes(total) * share
+                reduced[id(total)] = total, _over_processes(total) * share
             guided = self.guided.get(name)
             found[name] = Statistics(
-                reduced[id(total)], int(count), None if guided is None else _over_processes(guided) * share
+                reduced[id(total)][1], int(count), None if guided is None else _over_processes(guided) * share
             )
         return found
 
