@@ -3,8 +3,8 @@
     minimise over θ   L(θ) = Σ_x |f(x; W(θ)) - y(x)|² / Σ_x |y(x)|²
 
 f is the block, x [windows, length, width] what reaches it through the compressed blocks before it, y what the dense
-model has there, W(θ) the block's weights as they will be stored: rounded, or pruned. An iteration takes one batch, in an
-order drawn anew, by the seed, for every pass over the data; learning rates fall linearly to zero.
+model has there, W(θ) the block's weights as they will be stored: rounded, or pruned. An iteration takes one batch, in
+an order drawn anew, by the seed, for every pass over the data; learning rates fall linearly to zero.
 
 The iterate that is kept is the best of three: before, halfway and at the end, L is measured on a fixed eighth of the
 batches (four at most). If nothing beats the start, the block stays as it was, and says so.
