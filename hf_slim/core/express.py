@@ -172,7 +172,7 @@ def _candidates(state: _Try, wanted: Sequence[Difference]) -> Iterator[Entry]:
         for part, key, value in _entries(state.config):
             if value is None:
                 found.setdefault(Entry(part, key, new), 1 << 30)
-            elif value > 1 and old % value == 0 and new % (old // value) == 0:
+            elif value > 1 and old > 0 and old % value == 0 and new % (old // value) == 0:
                 found.setdefault(Entry(part, key, new // (old // value)), old // value)
     yield from sorted(found, key=lambda entry: found[entry])
 
