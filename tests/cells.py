@@ -87,6 +87,7 @@ METHODS: dict[str, Method] = {
     "prune.magnitude": Method({"sparsity": 0.5}),
     "prune.gradual": Method({"sparsity": 0.5, "training": TRAINING}, refusals=(NO_LOSS,)),
     "prune.apoz": Method({"share": 0.25}),
+    "prune.structurize": Method(after=("prune.magnitude", {"sparsity": 0.5}), smaller=False),
     "share.kmeans": Method({"bits": 3, "scope": "tensor"} | TABLE),
     "quantize.rtn": Method(GRID | TABLE),
     "quantize.hqq": Method(GRID | TABLE | {"iterations": 3}),
