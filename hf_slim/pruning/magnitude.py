@@ -1,10 +1,11 @@
 """Magnitude pruning in one shot: the smallest weights go (Han et al. 2015, arXiv:1506.02626).
 
 keep[r, c] = |W[r, c]| is among the largest (1 - sparsity) of its layer, or of all chosen layers together ("global");
-or, for a pattern "n:m", among the n largest of every m consecutive columns of a row.
+or, for a pattern "n:m", among the n largest of every m consecutive columns of a row; or, for "block:b", whole runs of
+b columns are ranked by the sum of their magnitudes.
 
-W [rows, cols]. What remains is stored as a bit mask and the surviving values (`encodings/sparse.py`): a layer that lost
-half of its bf16 weights takes 9 bits a weight. The count of zeros is exact, to one weight; ties are broken by position.
+W [rows, cols]. What remains is stored as places and surviving values (`encodings/sparse.py`): a layer that lost half of
+its bf16 weights takes 9 bits a weight. The count of zeros is exact, to one weight; ties are broken by position.
 What an earlier pruning set to zero stays zero.
 """
 
@@ -26,7 +27,7 @@ from hf_slim.core.select import Layer, Select
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Sparse
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
-from hf_slim.pruning.pattern import Pattern, column_problems, pack, parse_pattern, stored
+from hf_slim.pruning.pattern import Pattern, block_of, column_problems, pack, parse_pattern, stored
 
 RULES = Rules(makes=("zeros",), preserves=("zeros", "codes"), paper="Han et al. 2015, arXiv:1506.02626")
 
@@ -35,7 +36,9 @@ class Config(MethodConfig):
     """Options of `prune.magnitude`."""
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights to drop; an n:m pattern sets its own")
-    pattern: Pattern = Field("unstructured", description="'unstructured', or 'n:m': keep n of every m columns")
+    pattern: Pattern = Field(
+        "unstructured", description="'unstructured', 'n:m': n of every m columns stay, or 'block:b'"
+    )
     scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or over all of them")
     layers: Select = Select()
 
@@ -45,13 +48,14 @@ def keep_masks(weights: Mapping[str, Tensor], config: Config) -> dict[str, Tenso
     n_m = parse_pattern(config.pattern)
     if n_m is not None:
         return {name: n_m_mask(W, *n_m) for name, W in weights.items()}
+    block = block_of(config.pattern)
     if config.scope == "global":
-        return global_masks(weights, config.sparsity)
-    return {name: magnitude_mask(W, config.sparsity) for name, W in weights.items()}
+        return global_masks(weights, config.sparsity, block)
+    return {name: magnitude_mask(W, config.sparsity, block) for name, W in weights.items()}
 
 
 def encoding(layer: Layer, config: Config) -> Sparse:
-    """Mask and survivors. Under a global ranking a single layer's count is known only once the weights are."""
+    """Places and survivors. Under a global ranking a single layer's count is known only once the weights are."""
     return stored(layer, config.pattern, config.sparsity)
 
 
