@@ -99,7 +99,8 @@ def store_places(keep: Bool[Tensor, "rows cols"], pattern: str | None) -> dict[s
     if n_m is None:
         return {"mask": pack_mask(keep[:, :: block_of(pattern or "")])}
     n, m = n_m
-    groups = keep.reshape(len(keep), -1, m)
+    rows, cols = keep.shape
+    groups = keep.reshape(rows, cols // m, m)
     terms = torch.tensor([[comb(p, i) for i in range(n + 1)] for p in range(m)], device=keep.device)
     nth = groups.cumsum(-1)
     places = torch.arange(m, device=keep.device).expand_as(nth)
