@@ -64,6 +64,7 @@ GRID = {"bits": 4, "group_size": 16}
 TABLE = {"embeddings": {"bits": 8}}
 TRAINING = {"steps": 2, "batch_size": 2}
 TUNED = GRID | {"iterations": 2}
+SHORT = {"tokens_per_column": 0, "iterations": 2}  # 24 tokens are fewer than the columns
 CODED = ("quantize.rtn", {"bits": 8, "group_size": None, "symmetric": True, "clip": "minmax"})
 TWO_INPUTS = Refusal(
     ("T5",), "cannot be distilled", "distils one stack of blocks: causal and masked language models, classifiers"
@@ -85,6 +86,9 @@ NOT_CAUSAL = Refusal(OTHERS, "causal language model", "predicts the next token o
 METHODS: dict[str, Method] = {
     "distill.logits": Method(TRAINING, smaller=False, refusals=(TWO_INPUTS,)),
     "prune.magnitude": Method({"sparsity": 0.5}),
+    "prune.wanda": Method({"sparsity": 0.5}),
+    "prune.sparsegpt": Method({"sparsity": 0.5} | SHORT),
+    "prune.alps": Method({"sparsity": 0.5} | SHORT),
     "prune.gradual": Method({"sparsity": 0.5, "training": TRAINING}, refusals=(NO_LOSS,)),
     "prune.apoz": Method({"share": 0.25}),
     "prune.structurize": Method(after=("prune.magnitude", {"sparsity": 0.5}), smaller=False),

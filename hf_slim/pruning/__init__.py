@@ -1,3 +1,3 @@
 """Pruning: drop weights, and store only those that remain."""
 
-METHODS = ("magnitude", "gradual", "apoz", "structurize")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "gradual", "apoz", "structurize")

@@ -133,6 +133,8 @@ def layer_sparsities(
         keep_mask: the masks whose error is measured.
     """
     reach = min(REACH, sparsity, MOST - sparsity)
+    if reach <= 0:  # no layer can give more than another
+        return {layer.name: sparsity for layer in layers}
     levels = torch.linspace(sparsity - reach, sparsity + reach, LEVELS)
     found: dict[str, Tensor] = {}
 
