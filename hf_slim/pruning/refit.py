@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 RIDGE = 1e-6  # of the mean of C_KK's diagonal
+RIDGES = (RIDGE, 1e-4, 1e-2, 0.1, 1.0)
 
 
 def refit_columns(
@@ -78,6 +79,30 @@ def refit_loss(
     gone[:, keep] -= left.double()
     power = float(((W @ C) * W).sum())
     return float(((gone @ C) * gone).sum()) / power if power > 0 else 0.0
+
+
+def choose_ridge(
+    W: Float[Tensor, "rows cols"], halves: tuple[Tensor, Tensor], keep: Bool[Tensor, " cols"]
+) -> float | None:
+    """The ridge whose refit to one half of the data serves the other half best.
+
+    Few tokens say little about many columns: on stories260K, with 129 neurons left of 172 and 256 tokens, a refit at
+    `RIDGE` took perplexity from 11.2 to 43.
+
+    Args:
+        halves: C of each half of the tokens, or their covariances.
+
+    Returns:
+        One of `RIDGES`; None where it is best not to refit at all.
+    """
+
+    def loss(ridge: float | None) -> float:
+        return sum(
+            refit_loss(W, other, keep, W[:, keep] if ridge is None else refit_columns(W, half, keep, ridge))
+            for half, other in (halves, halves[::-1])
+        )
+
+    return min((None, *RIDGES), key=loss)
 
 
 def _refitted(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_slim.pruning.refit import refit_affine, refit_columns, refit_loss
+from hf_slim.pruning.refit import RIDGE, choose_ridge, refit_affine, refit_columns, refit_loss
 
 KEEP = torch.tensor([True, False, True, True, False, True, True, False])
 
@@ -73,3 +73,29 @@ def test_nothing_to_refit_leaves_the_weights(keep: Tensor) -> None:
 def test_without_data_the_layer_is_merely_cut() -> None:
     _, W = _samples()
     assert torch.equal(refit_columns(W, torch.zeros(8, 8), KEEP), W[:, KEEP].float())
+
+
+def test_the_ridge_is_as_large_as_the_data_are_few() -> None:
+    torch.manual_seed(1)
+    keep = torch.arange(24) % 4 > 0
+    mix, W = torch.randn(24, 24, dtype=torch.float64) + 2 * torch.eye(24), torch.randn(6, 24, dtype=torch.float64)
+
+    def moment(tokens: int) -> Tensor:
+        x = torch.randn(tokens, 24, dtype=torch.float64) @ mix
+        return x.T @ x / tokens
+
+    truth = mix.T @ mix
+    few = moment(9), moment(9)
+    chosen, both = choose_ridge(W, few, keep), (few[0] + few[1]) / 2
+    assert chosen is not None
+    assert chosen > RIDGE
+    assert choose_ridge(W, (moment(20_000), moment(20_000)), keep) < chosen
+    careful, careless = (refit_loss(W, truth, keep, refit_columns(W, both, keep, r)) for r in (chosen, RIDGE))
+    assert careful < 0.9 * careless
+
+
+def test_no_refit_where_the_halves_have_nothing_in_common() -> None:
+    W = _samples()[1]
+    first, second = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
+    first[:2, :2], second[:2, :2] = torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    assert choose_ridge(W, (first, second), KEEP) is None
