@@ -11,11 +11,25 @@ Neurons are found by trying (`core/units.py`): ReLU, GELU, SwiGLU, gate and up f
 `neurons.py`. The layers really become smaller, so a removed neuron costs neither bytes nor time.
 
 Where we differ, and why: the paper trims CNNs with ReLU. SiLU and GELU never put out zero, so APoZ counts outputs below
-a fraction of the layer's rms instead (`apoz_below`; for ReLU those include the zeros). The refit is ours; so are other
-scores, of which `surgeon` is the greedy choice that foresees it. Without refit a layer that has a bias gets FLAP's
-compensation (An et al. 2023, arXiv:2312.11983), b += W[:, removed] E[h]; no bias is added where there is none, since
-stock Transformers could not load it. A layer that is stored sparse is not refitted either: its zeros stay. An expert
-that few tokens were routed to is trimmed by the norms of its weights.
+a fraction of the layer's rms instead (`apoz_below`; for ReLU those include the zeros). The refit is ours, with a ridge
+that one half of the tokens chooses for the other; so are other scores, of which `surgeon` is the greedy choice that
+foresees it. Without refit a layer that has a bias gets FLAP's compensation (An et al. 2023, arXiv:2312.11983),
+b += W[:, removed] E[h]; no bias is added where there is none, since stock Transformers could not load it. A layer that
+is stored sparse is not refitted either: its zeros stay. An expert that few tokens were routed to is trimmed by its
+weights' norms.
+
+Perplexity of stories260K (172 neurons a layer, SwiGLU) on held-out TinyStories, 64 windows of 256 tokens each to
+calibrate and to test, 4.19 before; a share of every layer's neurons removed, without and with refit:
+
+                    25 %             50 %
+    apoz_below      11.78   7.71     65.30   22.20
+    contribution     9.96   7.07     43.61   19.71
+    flap             8.69   6.69     36.18   18.00
+    minitron        10.46   7.16     49.06   21.51
+    surgeon          8.82   6.64     33.17   15.79
+
+Three rounds instead of one: 6.67 and 15.71 (surgeon). With training against the original in between, rounds do not pay
+at equal cost: at 50 %, 90 steps after one round reach 8.88, 30 steps after each of three 9.66.
 """
 
 from __future__ import annotations
@@ -43,8 +57,8 @@ from hf_slim.core.walk import Block, Removal, Statistics, walk
 from hf_slim.distillation import logits
 from hf_slim.encodings import Sparse
 from hf_slim.encodings.modules import EncodedModule
+from hf_slim.pruning.measured import Measured, measure
 from hf_slim.pruning.neurons import (
-    NeuronSums,
     apoz,
     apoz_below,
     contribution,
@@ -53,14 +67,11 @@ from hf_slim.pruning.neurons import (
     kept_count,
     minitron,
     most_important,
-    neuron_sums,
-    no_sums,
     over_one_std,
-    over_processes,
     surgeon,
     to_multiple,
 )
-from hf_slim.pruning.refit import refit_affine, refit_columns, refit_loss
+from hf_slim.pruning.refit import choose_ridge, refit_affine, refit_columns, refit_loss
 
 RULES = Rules(needs=("calibration",), preserves=("zeros",), paper="Hu et al. 2016, arXiv:1607.03250")
 
@@ -79,7 +90,9 @@ class Config(MethodConfig):
     share: float | None = Field(
         None, gt=0, lt=1, description="share of neurons to remove; if not given, those over mean + 1 std of their layer"
     )
-    score: Score = Field("apoz_below", description="what makes a neuron matter")
+    score: Score | None = Field(
+        None, description="what makes a neuron matter; if not given, surgeon for a share, apoz_below for the rule"
+    )
     fraction: float = Field(0.1, gt=0, description="apoz_below counts outputs below this fraction of the layer's rms")
     scope: Literal["layer", "global"] = Field("layer", description="share of each layer, or of all layers together")
     floor: float = Field(0.2, gt=0, lt=1, description="share that every layer keeps under a global ranking")
@@ -92,7 +105,7 @@ class Config(MethodConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.share is None and self.score not in ("apoz", "apoz_below"):
+        if self.share is None and self.score not in (None, "apoz", "apoz_below"):
             raise ValueError(f"mean + 1 std is a rule about APoZ; with score {self.score!r} give share, such as 0.25")
         if self.scope == "global" and (self.share is None or self.share > 1 - self.floor):
             raise ValueError(
@@ -101,19 +114,6 @@ class Config(MethodConfig):
         if self.scope == "global" and (self.layers.first or self.layers.last or self.layers.overrides):
             raise ValueError("scope 'global' ranks all layers together, so no layer can have a share of its own")
         return self
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of a layer's neurons.
-
-    Args:
-        sums: of the calibration tokens.
-        C: their second moment E h h^T.
-    """
-
-    sums: NeuronSums
-    C: Float[Tensor, "neurons neurons"]
 
 
 def importance(
@@ -131,7 +131,7 @@ def importance(
         "contribution": lambda: contribution(known.sums, W),
         "flap": lambda: flap(known.sums, W),
         "minitron": lambda: minitron(known.sums),
-        "surgeon": lambda: surgeon(W, _moment(known, affine), count, max(1, count // _UPDATES)),
+        "surgeon": lambda: surgeon(W, known.moment(affine), count, max(1, count // _UPDATES)),
     }
     return scores[score]()
 
@@ -148,21 +148,24 @@ def make_up(
 
     Args:
         affine: the layer has a bias, which may change.
-        refit: by least squares; else only the bias takes over the mean.
+        refit: by least squares, if that serves unseen tokens; else only the bias takes over the mean.
 
     Returns:
         New weights (None: as they are), what to add to the bias (None: it has none), and the squared error of the
         output that is left, relative to the output's variance (affine) or power.
     """
-    weight, bias = None, None
-    if affine and refit:
-        weight, bias = refit_affine(W, known.C, known.sums.mean, keep)
+    weight, bias, ridge = None, None, None
+    if refit and known.halves is not None:
+        first, second = (half.moment(affine) for half in known.halves)
+        ridge = choose_ridge(W, (first, second), keep)
+    if ridge is not None and affine:
+        weight, bias = refit_affine(W, known.C, known.sums.mean, keep, ridge)
+    elif ridge is not None:
+        weight = refit_columns(W, known.C, keep, ridge)
     elif affine:
         bias = (W.double()[:, ~keep] @ known.sums.mean[~keep]).float()
-    elif refit:
-        weight = refit_columns(W, known.C, keep)
     left = W[:, keep].float() if weight is None else weight
-    return weight, bias, max(0.0, refit_loss(W, _moment(known, affine), keep, left))
+    return weight, bias, max(0.0, refit_loss(W, known.moment(affine), keep, left))
 
 
 def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
@@ -244,7 +247,7 @@ class _Round:
         """Have every layer's measurements handled, block by block."""
 
         def solve(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Removal]:
-            measured = {} if block is None else _measure(self.model, statistics, block, self.config.fraction)
+            measured = {} if block is None else measure(self.model, statistics, block, self.config.fraction)
             found = {name: handle(name, known) for name, known in measured.items()}
             return {name: removal for name, removal in found.items() if removal is not None}
 
@@ -276,7 +279,8 @@ class _Round:
         if self.layers[name].routed and (tokens := int(known.sums.tokens)) < self.config.min_tokens:
             writers = [get_weight(self.model.get_submodule(w))[rows].flatten(1) for w, rows in units.writers.items()]
             return norms(get_weight(module), writers), (f"{FALLBACK}: only {tokens} tokens were routed to it",)
-        return importance(self.config.score, get_weight(module), known, _has_bias(module), count), ()
+        score = self.config.score or ("apoz_below" if self.config.at(self.layers[name]).share is None else "surgeon")
+        return importance(score, get_weight(module), known, _has_bias(module), count), ()
 
     def _removal(self, name: str, known: Measured, kept: int | None) -> Removal | None:
         """What becomes of one layer; None where it stays as it is."""
@@ -294,36 +298,6 @@ class _Round:
         )
         bias = None if change is None else module.bias + change.to(module.bias)  # pyright: ignore
         return Removal(units, keep, weight, bias, {"neurons": kept, "output_error": error}, notes)
-
-
-def _measure(
-    model: nn.Module, statistics: Mapping[str, Statistics], block: Block, fraction: float
-) -> dict[str, Measured]:
-    """Run the block once more: its rms, and with it the threshold, is known from the first time."""
-    sums = {name: no_sums(len(known.hessian), known.hessian.device) for name, known in statistics.items()}
-
-    def hook(name: str) -> Callable[..., None]:
-        threshold = fraction * float((statistics[name].hessian.diagonal().mean() / 2).sqrt())
-
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums[name] += neuron_sums(args[0].flatten(0, -3) if args[0].dim() > 3 else args[0], threshold)
-
-        return add
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in statistics]
-    try:
-        for i in range(len(block)):
-            block.run(i)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: Measured(over_processes(sums[name]), known.hessian / 2) for name, known in statistics.items()}
-
-
-def _moment(known: Measured, affine: bool) -> Float[Tensor, "neurons neurons"]:
-    """E h h^T, or the covariance."""
-    mean = known.sums.mean
-    return known.C.double() - torch.outer(mean, mean) if affine else known.C
 
 
 def _chosen(found: Sequence[Units], layers: dict[str, Layer], config: Config) -> list[Units]:

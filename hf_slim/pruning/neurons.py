@@ -30,7 +30,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NeuronSums:
-    """Sums over tokens, float64; `a + b` are the sums over the tokens of both.
+    """Sums over tokens, float64; `a + b` are those over the tokens of both, `a - b` those without b's tokens.
 
     Args:
         tokens, windows: how many there were.
@@ -50,6 +50,9 @@ class NeuronSums:
 
     def __add__(self, other: NeuronSums) -> NeuronSums:
         return NeuronSums(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+    def __sub__(self, other: NeuronSums) -> NeuronSums:
+        return NeuronSums(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
 
     @property
     def mean(self) -> Float[Tensor, " neurons"]:
@@ -178,10 +181,10 @@ def kept_count(neurons: int, share: float, multiple_of: int = 1) -> int:
 
 
 def to_multiple(kept: int, neurons: int, multiple_of: int) -> int:
-    """The multiple nearest to `kept`: at least one of it, at most `neurons`; a multiple of 1 is `kept` itself."""
+    """The nearest multiple, the larger of two; at least one, at most `neurons`. A multiple of 1 is `kept` itself."""
     if multiple_of == 1:
         return kept
-    return min(neurons, max(1, round(kept / multiple_of)) * multiple_of)
+    return min(neurons, max(1, (kept + multiple_of // 2) // multiple_of) * multiple_of)
 
 
 def most_important(importance: Float[Tensor, " neurons"], kept: int) -> Bool[Tensor, " neurons"]:

@@ -16,26 +16,28 @@ from hf_slim.core.select import find_layers
 from hf_slim.core.swap import get_weight
 from hf_slim.core.units import find_units
 from hf_slim.pruning import apoz
+from hf_slim.pruning.refit import RIDGE
 
 IDS = tiny.ids(16, 32)
+HELD = tiny.ids(16, 32, seed=1)
 SCORES = ("apoz_below", "contribution", "flap", "minitron", "surgeon")
 
 
 @torch.no_grad()
-def logits(model):
-    return run_on(model, IDS).logits
+def logits(model, ids=IDS):
+    return run_on(model, ids).logits
 
 
 def trim(model, ids=IDS, context=None, **options):
     return apoz.apply(model, apoz.Config(**options), context or Context(windows=lambda role: ids))
 
 
-def change(make, **options):
-    """Relative change of the logits that trimming makes."""
+def change(make, seen=IDS, **options):
+    """Relative change of the logits that trimming makes, on these tokens."""
     model = make()
-    before = logits(model)
+    before = logits(model, seen)
     trim(model, **options)
-    return float((logits(model) - before).norm() / before.norm())
+    return float((logits(model, seen) - before).norm() / before.norm())
 
 
 def widths(model):
@@ -84,11 +86,33 @@ def test_nothing_goes_where_nothing_stands_out():
     assert torch.equal(logits(model), before)
 
 
+@torch.no_grad()
+def with_twins(make):
+    """A model in which every neuron of an MLP has one that does nearly the same, as neurons of trained models have."""
+    model, generator = make(), torch.Generator().manual_seed(0)
+    for units in find_units(model, ("neuron",)):
+        for name, rows in units.writers.items():
+            first, second = rows[: len(units) // 2].flatten(), rows[len(units) // 2 :].flatten()
+            W = get_weight(model.get_submodule(name))
+            W[second] = W[first] + 0.3 * W.std() * torch.randn(W[first].shape, generator=generator)
+    return model
+
+
 @pytest.mark.parametrize("make", [tiny.llama, tiny.opt], ids=["llama", "opt"])
-def test_refit_beats_none(make):
-    assert change(make, share=0.3, score="contribution") < 0.9 * change(
-        make, share=0.3, score="contribution", refit=False
+def test_refit_beats_none_on_unseen_tokens(make):
+    refitted, cut = (
+        change(lambda: with_twins(make), seen=HELD, share=0.3, score="contribution", refit=refit)
+        for refit in (True, False)
     )
+    assert refitted < 0.8 * cut
+
+
+def test_a_refit_to_few_tokens_does_little_harm_and_would_if_it_were_trusted(monkeypatch):
+    options = {"seen": HELD, "ids": IDS[:1], "share": 0.3, "score": "contribution"}
+    cut, refitted = (change(tiny.llama, **options, refit=refit) for refit in (False, True))
+    assert refitted < 1.05 * cut
+    monkeypatch.setattr(apoz, "choose_ridge", lambda W, halves, keep: RIDGE)
+    assert change(tiny.llama, **options) > 1.1 * refitted
 
 
 def test_a_bias_makes_up_for_the_means():
