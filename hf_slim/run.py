@@ -106,9 +106,6 @@ def _run_stages(
 ) -> PreTrainedModel:
     done = len(workspace.reports)
     model = _load(plan, workspace)
-    for found in windows.values():
-        check_tokens(model, found.ids, found.description)
-    workspace.begin()
     context = Context(
         seed=plan.recipe.seed,
         tokenizer=tokenizer,
@@ -117,7 +114,12 @@ def _run_stages(
         source=plan.source,
         progress=progress,
         out=workspace.exports,
+        retokenize=lambda new: _by_role({role: _windows(plan.recipe, role, new) for role in windows}),
     )
+    _take_up_tokens(context, workspace)
+    for role, found in windows.items():
+        check_tokens(model, context.tokens(role), found.description)
+    workspace.begin()
     for number, planned in enumerate(plan.stages, 1):
         if number <= done:
             continue
@@ -127,8 +129,18 @@ def _run_stages(
         context.blocks, context.work = folder / "blocks", folder / "training"
         report = run_stage(model, planned.stage, context)
         context.release_original()
-        workspace.finish_stage(number, report, model if changes_model(planned.stage.method) else None)
+        changed = model if changes_model(planned.stage.method) else None
+        workspace.finish_stage(number, report, changed, tokenizer if context.kept else None)
     return model
+
+
+def _take_up_tokens(context: Context, workspace: Workspace) -> None:
+    """Go on with the tokenizer that a finished stage has rewritten; the run was killed after it."""
+    folder = workspace.model_folder and workspace.work / workspace.model_folder
+    if folder and (folder / "tokenizer.json").is_file():
+        old, new = context.tokenizer.get_vocab(), ModelSource(str(folder)).load_tokenizer()
+        words = sorted(new.get_vocab().items(), key=lambda pair: pair[1])
+        context.renumber_tokens(new.backend_tokenizer, [old[word] for word, _ in words])
 
 
 def _load(plan: Plan, workspace: Workspace) -> PreTrainedModel:

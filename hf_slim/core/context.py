@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_slim.core.errors import PlanError
 from hf_slim.core.model import ModelSource
 from hf_slim.core.progress import Progress
+from hf_slim.core.vocabulary import trim_tokens
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Context:
         blocks: where the walk keeps finished blocks, so that a killed run goes on from there; None for nowhere.
         work: a folder for a stage's own files (trainer checkpoints), kept until the stage is done; None for a
             temporary one.
+        retokenize: makes `windows` anew for a tokenizer that was rewritten; None where there is no text to go back to.
+        kept: the original's ids of the tokens that are left, in order; empty for all.
         out: folder that exports are written below, over what is there; None in a script, where they go where they are
             told and nothing is written over.
     """
@@ -42,7 +45,9 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     blocks: Path | None = None
     work: Path | None = None
+    retokenize: Callable[[Any], Callable[[str], Tensor]] | None = None
     out: Path | None = None
+    kept: list[int] = field(default_factory=list)
 
     def tokens(self, role: str) -> Tensor:
         """Token windows [samples, length] of a role.
@@ -63,7 +68,24 @@ class Context:
         """
         if self.load_original is None:
             raise PlanError("the original model is needed; pass original=model, or run this stage from a recipe")
-        return self.load_original().eval()
+        original = self.load_original().eval()
+        if self.kept:
+            trim_tokens(original, self.kept)
+        return original
+
+    def renumber_tokens(self, rewritten: Any, kept: list[int]) -> None:
+        """Go on with fewer tokens: the tokenizer becomes this one, in place, and text is cut anew with it.
+
+        The original model is from now on handed out with the same tokens, so that both can be compared.
+
+        Args:
+            rewritten: the `tokenizers.Tokenizer`.
+            kept: ids of its tokens in the original, ascending.
+        """
+        self.tokenizer._tokenizer = rewritten
+        self.kept = [self.kept[number] for number in kept] if self.kept else list(kept)
+        self.release_original()
+        self.windows = None if self.retokenize is None else self.retokenize(self.tokenizer)
 
     def release_original(self) -> None:
         """Drop the original model's memory; it is loaded again when needed."""

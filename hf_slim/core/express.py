@@ -16,10 +16,9 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_slim.core.probe import FAILURES
-from hf_slim.core.skeleton import Difference, build, differences, read
+from hf_slim.core.skeleton import REFUSALS, Difference, build, differences, read
 
-BUILDS = 48  # skeletons that a search may build; one takes a third of a second for 30 blocks
+BUILDS = 32  # skeletons that a search may build; one takes a third of a second for 30 blocks
 DEPTH = 4  # entries that are changed together
 WIDTH = 3  # beginnings of such a change that are followed
 _COMMON = frozenset(vars(PretrainedConfig()))
@@ -104,6 +103,7 @@ class _Search:
         found = self._from(start, ())
         if found is None and (pinned := self._pinned(start)) is not None:
             self.seen.clear()
+            self.builds = 0
             found = self._from(pinned, ())
         return found
 
@@ -134,7 +134,7 @@ class _Search:
         try:
             entries[-1].write(config)
             config = type(config).from_dict(config.to_dict())  # what will be read from disk
-        except FAILURES:
+        except REFUSALS:
             return None
         skeleton = build(type(self.model), config)
         if skeleton is None:

@@ -22,10 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.express import adopt, express
-from hf_slim.core.probe import FAILURES
 from hf_slim.core.reshape import set_count
 from hf_slim.core.select import Layer, Stack, find_stacks
-from hf_slim.core.skeleton import CONFIG, Difference, build, read
+from hf_slim.core.skeleton import CONFIG, REFUSALS, Difference, build, read
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def reshape(model: nn.Module, shapes: Shapes) -> Shapes:
             lost[name] = shape
             continue
         owner[key] = made.setdefault(id(owner[key]), _empty(owner[key], shape))
-        _derive(module)
+        derive(module)
     for name, numbers in shapes.numbers.items():
         for key, value in numbers.items() if name in modules else ():
             set_count(modules[name], key, tuple(value) if isinstance(value, list) else value)
@@ -124,7 +123,7 @@ def _empty(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
 
 
-def _derive(module: nn.Module) -> None:
+def derive(module: nn.Module) -> None:
     """The numbers that PyTorch's layers keep about the shape of their weight."""
     weight: Any = module._parameters.get("weight")
     if isinstance(module, Conv1D):
@@ -271,7 +270,7 @@ def _shorter(config: PretrainedConfig, count: int, kept: Sequence[int]) -> Itera
             setattr(owner, key, len(kept))
         try:
             made = type(made).from_dict(made.to_dict())
-        except FAILURES:
+        except REFUSALS:
             continue
         yield made
 

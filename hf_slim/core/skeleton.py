@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,6 +28,9 @@ DERIVED = ("in_features", "out_features", "nx", "nf", "num_embeddings", "embeddi
 """Numbers of PyTorch's layers that follow from the shapes of their tensors."""
 
 CONFIG = "config."  # begins the entries of a config that a module has for itself
+REFUSALS = (*FAILURES, StrictDataclassError)
+"""What a config may raise that is given a number it was not made for, and what a model built from one may."""
+
 Number = int | float | tuple[int, ...]
 
 
@@ -68,7 +72,7 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMod
     try:
         with torch.device("meta"):
             return cls._from_config(config)
-    except FAILURES:
+    except REFUSALS:
         return None
 
 

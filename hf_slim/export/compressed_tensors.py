@@ -44,6 +44,7 @@ from hf_slim.core.errors import ArtifactError
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, find_layers
+from hf_slim.core.shapes import shape_problems
 from hf_slim.encodings import Affine
 from hf_slim.encodings.base import DTYPES
 from hf_slim.encodings.codes import load_codes
@@ -170,6 +171,8 @@ def problems(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -
         return [
             "the model has fused experts, which Transformers 5.23 does not load from this format as they are written"
         ]
+    if shapes := shape_problems(layers.values(), model, "compressed-tensors"):
+        return shapes
     own = [layer for layer in layers.values() if layer.kind != "embedding" and layer.tied_to is None]
     encoded = [layer for layer in own if layer.encoding is not None]
     if not encoded:

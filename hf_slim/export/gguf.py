@@ -36,6 +36,7 @@ from hf_slim.core.layers import relative_error
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, find_layers
+from hf_slim.core.shapes import shape_problems
 from hf_slim.core.swap import get_weight
 from hf_slim.encodings import Affine
 from hf_slim.encodings.modules import EncodedModule
@@ -114,6 +115,7 @@ def place(layer: Layer, wanted: str = "auto") -> Placement:
 def problems(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> list[str]:
     """What the format cannot hold."""
     found = gguf_model.config_problems(model.config)
+    found += shape_problems(layers.values(), model, "GGUF")
     if found:
         return found
     family = gguf_model.FAMILIES[model.config.model_type]

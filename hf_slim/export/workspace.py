@@ -164,8 +164,8 @@ class Workspace:
         """Where export stages write until the artifact is published."""
         return self.work / EXPORTS
 
-    def finish_stage(self, number: int, report: StageReport, model: Any = None) -> None:
-        """Note a finished stage; with a model, keep the model as it is after it."""
+    def finish_stage(self, number: int, report: StageReport, model: Any = None, tokenizer: Any = None) -> None:
+        """Note a finished stage; with a model, keep the model as it is after it, with its tokenizer if that is new."""
         previous = self.model_folder
         self.reports.append(report)
         if is_main():
@@ -173,6 +173,8 @@ class Workspace:
                 folder = self.work / f"model-{number}"
                 shutil.rmtree(folder, ignore_errors=True)
                 model.save_pretrained(folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
                 self.model_folder = folder.name
             self._write_manifest()
             shutil.rmtree(self.stage_folder(number), ignore_errors=True)
