@@ -49,12 +49,14 @@ class Method:
 
     Args:
         options: the method's options.
+        by_name: options for one architecture besides those.
         after: a stage that comes first, (address, options).
         smaller: the stored bytes shrink.
         refusals: where it does not work.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
+    by_name: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
     after: tuple[str, dict[str, Any]] | None = None
     smaller: bool = True
     refusals: tuple[Refusal, ...] = ()
@@ -82,6 +84,12 @@ NO_GGUF = Refusal(
 TURNED = Refusal(("GPT-2",), "the format's readers take nn.Linear only", "readers of the format know no `Conv1D`")
 EXPERTS = Refusal(("Mixtral", "Qwen3-MoE"), "fused experts", "every reader has its own form of experts")
 NOT_CAUSAL = Refusal(OTHERS, "causal language model", "predicts the next token only")
+SHARED_BIAS = Refusal(("T5",), "a position bias that all blocks share", "all blocks share one position bias a head")
+FOLLOWS = Refusal(
+    ("OPT", "GPT-2", "GPT-NeoX", "Falcon", *ENCODERS),
+    "the width of its attention follows the hidden size",
+    "attention is as wide as the hidden size: use `prune.heads` and `prune.apoz`",
+)
 
 METHODS: dict[str, Method] = {
     "distill.logits": Method(TRAINING, smaller=False, refusals=(TWO_INPUTS,)),
@@ -91,6 +99,10 @@ METHODS: dict[str, Method] = {
     "prune.alps": Method({"sparsity": 0.5} | SHORT),
     "prune.gradual": Method({"sparsity": 0.5, "training": TRAINING}, refusals=(NO_LOSS,)),
     "prune.apoz": Method({"share": 0.25}),
+    "prune.heads": Method({"share": 0.5}, refusals=(SHARED_BIAS,)),
+    "prune.depth": Method({"blocks": 1}, by_name={"T5": {"stack": "decoder.block"}}),
+    "prune.width": Method({"share": 0.25}, refusals=(FOLLOWS,)),
+    "prune.vocabulary": Method(),
     "prune.structurize": Method(after=("prune.magnitude", {"sparsity": 0.5}), smaller=False),
     "share.kmeans": Method({"bits": 3, "scope": "tensor"} | TABLE),
     "quantize.rtn": Method(GRID | TABLE),
@@ -153,7 +165,7 @@ def _model(method: str, architecture: str) -> tuple[PreTrainedModel, Any]:
 
 def _apply(model: PreTrainedModel, tokenizer: Any, method: str, architecture: str, folder: Path) -> StageReport:
     needs = find_method(method).RULES.needs
-    options = dict(METHODS[method].options)
+    options = METHODS[method].options | METHODS[method].by_name.get(architecture, {})
     if method.startswith("export."):
         options["to"] = str(folder / "exported")
     return hf_slim.compress(
@@ -186,7 +198,7 @@ def _same_when_loaded(model: PreTrainedModel, folder: Path) -> None:
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """The model's logits for a few tokens."""
-    return run_on(model.eval(), IDS).logits
+    return run_on(model.eval(), IDS % model.config.vocab_size).logits  # fewer than there were, where tokens are gone
 
 
 def table() -> str:
