@@ -225,10 +225,9 @@ def _guesses(module: nn.Module, units: Units) -> Iterator[tuple[str, ...]]:
             if value > 0 and value % len(units) == 0:
                 path = f"{name}.{attribute}".lstrip(".")
                 (shared if attribute.startswith("config.") else own).append(path)
-    for size in range(4):
+    for size in range(3):
         yield from combinations(own, size)
-        if 0 < size < 3:
-            yield from (c for c in combinations((*own, *shared), size) if any(path in shared for path in c))
+        yield from (c for c in combinations((*own, *shared), size) if any(path in shared for path in c))
 
 
 def _computes(
