@@ -27,7 +27,7 @@ def short_count(count: int) -> str:
 _UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def share(value: float) -> str:
+def short_share(value: float) -> str:
     """A share in four characters: .123, or 1.00."""
     return f"{value:.3f}"[1:] if value < 0.9995 else f"{value:.2f}"
 

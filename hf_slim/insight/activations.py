@@ -32,7 +32,7 @@ from hf_slim.core.forward import evaluating, run_on
 from hf_slim.core.model import check_tokens
 from hf_slim.core.progress import Progress
 from hf_slim.core.swap import get_weight
-from hf_slim.core.tables import make_table, share, short_count
+from hf_slim.core.tables import make_table, short_count, short_share
 from hf_slim.core.units import find_units
 from hf_slim.insight.batches import token_batches
 from hf_slim.insight.names import told_apart
@@ -105,8 +105,8 @@ class ActivationInsight:
         columns = ["MLP", "neurons", "tokens", "nothing is", "zeros", "APoZ", "std", "over", "dead", "least 10%"]
         rows = [
             [label, str(len(r.apoz)), short_count(r.tokens), "0" if r.exact else f"<{r.threshold:.2g}"]
-            + [share(value) for value in (sum(r.zeros) / len(r.zeros), r.mean, r.std)]
-            + [str(r.over), str(r.dead), share(r.weakest_tenth)]
+            + [short_share(value) for value in (sum(r.zeros) / len(r.zeros), r.mean, r.std)]
+            + [str(r.over), str(r.dead), short_share(r.weakest_tenth)]
             for label, r in zip(labels, self.rows, strict=True)
         ]
         return Group(

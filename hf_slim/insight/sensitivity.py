@@ -144,6 +144,8 @@ def sensitivity(
     batches = token_batches(data, tokenizer, length, samples, seed)
     for batch in batches:
         check_tokens(model, batch, "data")
+    if is_causal(model) and all(batch.shape[1] < 2 for batch in batches):
+        raise DataError("data: one token a sequence predicts nothing; give longer sequences")
     with unfused(model):
         chosen = select_layers(find_layers(model), layers or Select())
         if not chosen:
@@ -162,8 +164,6 @@ def sensitivity(
                 if number == 0:
                     base, tokens = base + found.base, tokens + found.tokens
                 changes[number] += torch.tensor(found.changes, dtype=torch.float64)
-    if not tokens:
-        raise DataError("data: one token a sequence predicts nothing; give longer sequences")
     rows = [
         SensitivityRow(job.name, job.kind, job.block, sum(x.rows * x.cols for x in job.layers), tuple(change))
         for job, change in zip(jobs, (changes / tokens).tolist(), strict=True)

@@ -22,7 +22,7 @@ from hf_slim.core.layers import check_weights
 from hf_slim.core.progress import Progress
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.swap import get_weight
-from hf_slim.core.tables import make_table, share, short_count
+from hf_slim.core.tables import make_table, short_count, short_share
 from hf_slim.insight.magnitudes import exact_quantiles, excess_kurtosis, first_reading, second_reading
 from hf_slim.insight.names import kind_names
 
@@ -85,7 +85,7 @@ class WeightInsight:
             ],
             [
                 [r.name, short_count(r.weights), f"{r.sigma:.3g}", f"{r.kurtosis:.1f}"]
-                + [share(value) for value in (r.zeros, *r.under.values())]
+                + [short_share(value) for value in (r.zeros, *r.under.values())]
                 + [f"{r.largest:.0f}s"]
                 for r in self.rows
             ],

@@ -96,7 +96,7 @@ def test_normal_weights_look_normal_and_pruned_ones_show_it():
     assert abs(up.kurtosis) < 0.3
     assert after["up_proj"].zeros == 0.5  # stored pruned, and decoded to be looked at
     assert after["up_proj"].quantiles[0.25] == 0
-    assert after["up_proj"].kurtosis > 0.3
+    assert after["up_proj"].kurtosis > up.kurtosis + 0.2
     assert after["embed_tokens"] == before["embed_tokens"]
 
 
@@ -128,8 +128,7 @@ def test_kinds_that_end_alike_are_told_apart():
 def test_names_in_a_table_keep_what_they_differ_in():
     assert told_apart(["a.layers.0.mlp.down", "a.layers.11.mlp.down"]) == (["0", "11"], "a.layers.*.mlp.down")
     assert told_apart(["enc.0.wo", "dec.0.wo"]) == (["enc", "dec"], "*.0.wo")
-    labels, _ = told_apart(["layers.0.mlp.1.down", "layers.0.down"])
-    assert labels == ["mlp.1", ""] or len(set(labels)) == 2
+    assert told_apart(["layers.0.mlp.1.down", "layers.0.down"]) == (["mlp.1.down", "down"], "layers.0.*")
     assert told_apart(["only.one"]) == (["one"], "only.*")
 
 
