@@ -101,10 +101,11 @@ class _Search:
     def run(self) -> _Try | None:
         start = _Try(_bare(self.model.config), self.wanted)
         found = self._from(start, ())
-        if found is None and (pinned := self._pinned(start)) is not None:
+        if found is None:
             self.seen.clear()
             self.builds = 0
-            found = self._from(pinned, ())
+            pinned = self._pinned(start)
+            found = None if pinned is None else self._from(pinned, ())
         return found
 
     def _from(self, start: _Try, entries: tuple[Entry, ...]) -> _Try | None:
