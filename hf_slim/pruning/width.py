@@ -15,8 +15,9 @@ What belongs to the residual stream is found without names: the config is asked 
 dimensions that differ are the ones to cut. Where the width of the attention follows the hidden size (GPT-2, OPT, BERT)
 they are not told apart, and the model is refused: `prune.heads` and `prune.apoz` make those models smaller.
 
-On stories260K (64 channels, perplexity of 16 held-out windows of 256 tokens):
-{measured}
+On stories260K (64 channels, 16 windows of 256 tokens to calibrate, 16 others to test) 48 channels take perplexity from
+4.25 to 46.5, without rescaling to 40.2: a model that is cut so far has to be trained again either way. Rescaling is
+what makes the removal of channels that are zero everywhere exact.
 """
 
 from __future__ import annotations
