@@ -13,7 +13,8 @@ costs only the blocks behind it: what enters it is known. So choosing n of L blo
     BI_l = 1 - E cos(x_l, x_l+1)          x_l, x_l+1 [tokens, width]: what enters block l, and what it puts out
 
 The KL after each removal is reported for both. A block that owns parameters which the others have not (T5's first one
-holds the position bias of all) stays.
+holds the position bias of all) stays. On stories260K (5 blocks, perplexity 4.25; 16 windows of 256 tokens to choose, 16
+others to test) the search gives 9.6 with one block less, where influence chooses the same, and 26.4 with two.
 """
 
 from __future__ import annotations
