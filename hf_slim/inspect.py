@@ -105,8 +105,8 @@ def _kernels(layers: Iterable[Layer]) -> list[dict[str, Any]]:
     for layer in layers:
         if layer.encoding is None or layer.tied_to or (layer.kind == "embedding" and layer.name not in heads):
             continue
-        reason = why_not_packed(layer.encoding, layer.cols, layer.dtype, device)
-        kernel = kernel_for(layer.encoding, layer.cols, layer.dtype, device)
+        reason = why_not_packed(layer.encoding, layer.cols, layer.dtype, device, layer.rows)
+        kernel = kernel_for(layer.encoding, layer.cols, layer.dtype, device, layer.rows)
         dense = f"decoded to {str(fast_dtype(layer.dtype, device)).removeprefix('torch.')}"
         few = kernel.name if kernel else dense
         row = {"encoding": layer.encoding.describe(), "layers": 0, "few": few, "many": dense, "why_not": reason}

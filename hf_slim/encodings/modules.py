@@ -19,7 +19,7 @@ from hf_slim.core.errors import SlimError
 from hf_slim.encodings.activations import quantize_tokens
 from hf_slim.encodings.affine import row_runs
 from hf_slim.encodings.base import Encoding
-from hf_slim.encodings.kernels import FEW_ROWS, Packed, kernel_for
+from hf_slim.encodings.kernels import FEW_ROWS, Packed, PackedCodes, kernel_for
 
 
 class DecodedWeight(Tensor):
@@ -69,7 +69,8 @@ class EncodedModule(nn.Module):
 
     A packed kernel wants the codes in a layout of its own. The first product of a few rows brings them into it, and
     the stored codes are dropped; whoever asks for these (state dict, copy, pickle, move, `tensors()`) gets them back
-    bit for bit, and the packed form goes. Embeddings whose rows cannot be read from the packed form keep both.
+    bit for bit, and the packed form goes. Embeddings whose rows cannot be read from the packed form keep both forms; so
+    do weights that pruning left little of, which are multiplied as sparse rows.
     """
 
     _is_hf_initialized = True  # Transformers must not draw these at random
@@ -160,25 +161,32 @@ class EncodedModule(nn.Module):
         """The packed form, if there is a kernel for activations of `dtype`; it is made once."""
         if self._packed is not None and self._packed_stamp == self._stamp() and dtype in self._packed.dtypes:
             return self._packed
-        kernel = kernel_for(self.encoding, self.cols, dtype, device)
+        kernel = kernel_for(self.encoding, self.cols, dtype, device, self.rows)
         if kernel is None:
             return None
         self.unpack()
         with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive inference mode
             packed = kernel(self.encoding, self.tensors(), self.rows, self.cols)  # pyright: ignore[reportArgumentType]
-        if packed.reversible and (packed.by_row or not isinstance(self, nn.Embedding)):
+        codes = isinstance(packed, PackedCodes) and packed.reversible
+        if codes and (packed.by_row or not isinstance(self, nn.Embedding)):
             del self._buffers["codes"]
         self.register_buffer("packed", packed.weight, persistent=False)
         self._packed, self._packed_stamp = packed, self._stamp()
         return packed
 
+    @property
+    def _alone(self) -> PackedCodes | None:
+        """The packed form, if the stored codes were dropped for it."""
+        packed = self._packed
+        return packed if isinstance(packed, PackedCodes) and "codes" not in self._buffers else None
+
     def unpack(self) -> None:
         """Bring the stored codes back, and drop the packed form."""
         if self._packed is None:
             return
-        packed, self._packed = self._packed, None
+        packed, self._packed = self._alone, None
         del self._buffers["packed"]
-        if "codes" not in self._buffers:
+        if packed is not None:
             with torch.inference_mode(False), torch.no_grad():
                 stored = {"codes": packed.stored_codes(), **self._buffers}
             self._buffers.clear()
@@ -195,19 +203,20 @@ class EncodedModule(nn.Module):
 
     def _runs(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in runs of rows, from whichever form the codes are in."""
-        if self._packed is None or "codes" in self._buffers:
+        packed = self._alone
+        if packed is None:
             yield from self.encoding.runs(self.tensors(), self.rows, self.cols)
             return
-        encoding = self._packed.encoding
         for place in row_runs(self.rows, self.cols):
-            yield place, encoding.dequantize(self._packed.codes(place), self._grid(place))
+            yield place, packed.encoding.dequantize(packed.codes(place), self._grid(place))
 
     def _grid(self, rows: slice | Tensor) -> dict[str, Tensor]:
         return {name: tensor[rows] for name, tensor in self._buffers.items() if name in ("scales", "zeros")}  # pyright: ignore
 
     def _stamp(self) -> tuple[tuple[int, int], ...]:
         """Changes when a stored tensor does."""
-        return tuple((id(t), 0 if t.is_inference() else t._version) for t in self._buffers.values() if t is not None)
+        stored = [*self._buffers.values(), *(self._parameters.get(name) for name in self.encoding.trainable)]
+        return tuple((id(t), 0 if t.is_inference() else t._version) for t in stored if t is not None)
 
     def _trains(self) -> bool:
         """Whether gradients are wanted for what is stored."""
@@ -332,9 +341,10 @@ class EncodedEmbedding(EncodedModule, nn.Embedding):
         return rows.to(self.compute_dtype).view(*ids.shape, self.cols)
 
     def _take(self, ids: Tensor) -> Tensor:
-        if self._packed is None or "codes" in self._buffers:
+        packed = self._alone
+        if packed is None:
             return self.encoding.take(self.tensors(), ids, self.rows, self.cols)
-        return self._packed.encoding.dequantize(self._packed.codes(ids), self._grid(ids))
+        return packed.encoding.dequantize(packed.codes(ids), self._grid(ids))
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: the weight arrives encoded."""
