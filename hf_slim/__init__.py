@@ -15,6 +15,7 @@ from hf_slim.core.errors import SlimError
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.encodings.modules import cache_decoded
 from hf_slim.integration.transformers import SlimConfig
+from hf_slim.pruning.adapters import merge_and_unload
 from hf_slim.pruning.gradual import GradualMagnitudePruning
 from hf_slim.pruning.trainer import PruningTrainer
 from hf_slim.quantization.qat import FakeQuantize
@@ -30,4 +31,5 @@ __all__ = [
     "__version__",
     "cache_decoded",
     "compress",
+    "merge_and_unload",
 ]

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from hf_slim.core.errors import PlanError
 
+Key = Callable[[Tensor], Tensor]
+
 _HALF = 2**15  # of the values that the upper 16 bits of a number take
 
 
@@ -41,13 +43,16 @@ def magnitude_mask(W: Float[Tensor, "rows cols"], sparsity: float, block: int = 
     return global_masks({"W": W}, sparsity, block)["W"]
 
 
-def global_masks(weights: Mapping[str, Tensor], sparsity: float, block: int = 1) -> dict[str, Tensor]:
+def global_masks(
+    weights: Mapping[str, Tensor], sparsity: float, block: int = 1, key: Key | None = None
+) -> dict[str, Tensor]:
     """Masks that drop the round(sparsity * n) smallest magnitudes of all n weights of all matrices together.
 
     Args:
         weights: matrices [rows, cols] by name, finite, on one device.
         sparsity: share of all weights to drop, 0 <= sparsity < 1.
         block: consecutive columns that stay or go together; divides all numbers of columns.
+        key: makes float32 scores of a matrix, one at a time; magnitudes if not given.
 
     Returns:
         keep: Bool[rows, cols] by name.
@@ -55,9 +60,10 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float, block: int = 1)
     Raises:
         PlanError: sparsity outside [0, 1), or columns that blocks do not fill.
     """
+    key = key or _magnitude
     if block == 1:
-        return highest(weights, sparsity, key=lambda W: W.abs().float())
-    runs = {name: block_scores(W.abs().float(), block) for name, W in weights.items()}
+        return highest(weights, sparsity, key)
+    runs = {name: block_scores(key(W), block) for name, W in weights.items()}
     return {name: keep.repeat_interleave(block, dim=1) for name, keep in highest(runs, sparsity).items()}
 
 
@@ -72,7 +78,7 @@ def n_m_mask(W: Float[Tensor, "rows cols"], n: int, m: int) -> Bool[Tensor, "row
     Raises:
         PlanError: n not in 0..m, or columns that groups of m do not fill.
     """
-    return n_m_highest(W.abs().float(), n, m)
+    return n_m_highest(_magnitude(W), n, m)
 
 
 def n_m_highest(scores: Float[Tensor, "rows cols"], n: int, m: int) -> Bool[Tensor, "rows cols"]:
@@ -102,9 +108,7 @@ def block_scores(scores: Float[Tensor, "rows cols"], block: int) -> Float[Tensor
     return runs.masked_fill(pruned, 0.0).sum(-1).masked_fill_(pruned.all(-1), -torch.inf)
 
 
-def highest(
-    scores: Mapping[str, Tensor], sparsity: float, key: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, Tensor]:
+def highest(scores: Mapping[str, Tensor], sparsity: float, key: Key = Tensor.float) -> dict[str, Tensor]:
     """Masks that drop the round(sparsity * n) lowest of all n scores of all tensors together.
 
     Args:
@@ -123,7 +127,6 @@ def highest(
     count = round(sparsity * sum(S.numel() for S in scores.values()))
     if count == 0:
         return {name: torch.ones_like(S, dtype=torch.bool) for name, S in scores.items()}
-    key = key or _float
     threshold = _kth_lowest(scores.values(), count, key)
     keep = {name: key(S) >= threshold for name, S in scores.items()}
     spare = count - sum(int((~mask).sum()) for mask in keep.values())
@@ -134,7 +137,7 @@ def highest(
     return keep
 
 
-def _kth_lowest(tensors: Iterable[Tensor], k: int, key: Callable[[Tensor], Tensor]) -> Tensor:
+def _kth_lowest(tensors: Iterable[Tensor], k: int, key: Key) -> Tensor:
     """The k-th lowest score, k >= 1, over all tensors; a scalar in fp32. Holds one tensor's copy at a time."""
     tensors = list(tensors)
     counts = sum(torch.bincount((_ordered(key(T)) >> 16) + _HALF, minlength=2 * _HALF) for T in tensors)
@@ -155,5 +158,5 @@ def _turned(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _float(values: Tensor) -> Tensor:
-    return values.float()
+def _magnitude(W: Tensor) -> Tensor:
+    return W.abs().float()

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.select import Select
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
-from hf_slim.pruning.gradual import Config, GradualMagnitudePruning, gradual_masks, target_linears
+from hf_slim.pruning.gradual import Config, GradualMagnitudePruning, gradual_masks
+from hf_slim.pruning.targets import find_targets
 from hf_slim.pruning.trainer import PruningTrainer
 
 KINDS = {"llama": "causal", "gpt2": "causal", "opt": "causal", "bert": "masked", "bert_classifier": "sequence"}
@@ -28,8 +29,8 @@ class Watch(TrainerCallback):
     def __init__(self, callback):
         self.callback, self.zeros, self.seen = callback, [], []
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        modules = self.callback._modules
+    def on_optimizer_step(self, args, state, control, *, model, **kwargs):
+        modules = linears(model)
         self.seen.append({name: (module.weight == 0) for name, module in modules.items()})
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -48,6 +49,10 @@ def make(folder, pruning, model=None, *, kind="causal", callbacks=(), **options)
     )
 
 
+def linears(model):
+    return {name: target.module for name, target in find_targets(model, Select()).items()}
+
+
 def zeros(module):
     return int((module.weight == 0).sum())
 
@@ -56,7 +61,7 @@ def zeros(module):
 def test_final_sparsity_is_exact_and_only_in_the_blocks(tmp_path, name):
     trainer = make(tmp_path, {"sparsity": 0.6, "every": 1}, tiny.ALL[name](), kind=KINDS[name])
     trainer.train()
-    targets = target_linears(trainer.model, Select())
+    targets = linears(trainer.model)
     assert trainer.pruning.report().keys() == targets.keys()
     assert len(targets) >= 8
     for layer, module in targets.items():
@@ -69,10 +74,10 @@ def test_final_sparsity_is_exact_and_only_in_the_blocks(tmp_path, name):
 
 def test_global_sparsity_is_exact_in_total_and_differs_by_layer(tmp_path):
     trainer = make(tmp_path, {"sparsity": 0.6, "scope": "global", "every": 1})
-    first = target_linears(trainer.model, Select())["model.layers.0.mlp.up_proj"]
+    first = linears(trainer.model)["model.layers.0.mlp.up_proj"]
     first.weight.data *= 0.1
     trainer.train()
-    modules = target_linears(trainer.model, Select()).values()
+    modules = linears(trainer.model).values()
     total = sum(module.weight.numel() for module in modules)
     assert sum(zeros(module) for module in modules) == round(0.6 * total)
     assert trainer.pruning.sparsity == round(0.6 * total) / total
@@ -146,7 +151,7 @@ def test_masks_hold_in_every_step_and_only_grow(tmp_path, options):
 def test_bfloat16_weights_are_pruned_exactly(tmp_path):
     trainer = make(tmp_path, {"sparsity": 0.5, "every": 1}, tiny.llama(torch.bfloat16))
     trainer.train()
-    for module in target_linears(trainer.model, Select()).values():
+    for module in linears(trainer.model).values():
         assert zeros(module) == round(0.5 * module.weight.numel())
 
 
@@ -210,14 +215,14 @@ def test_checkpoints_and_evaluation_see_masked_weights(tmp_path):
 
     class AtEvaluation(TrainerCallback):
         def on_evaluate(self, args, state, control, *, model, **kwargs):
-            seen.append(sum(zeros(m) for m in target_linears(model, Select()).values()))
+            seen.append(sum(zeros(m) for m in linears(model).values()))
 
     options = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     trainer = make(tmp_path, {"sparsity": 0.6, "every": 4, "end": 0.5}, callbacks=[AtEvaluation()], **options)
     trainer.train()
     saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-4")
-    in_file = sum(zeros(m) for m in target_linears(saved, Select()).values())
-    total = sum(round(0.6 * m.weight.numel()) for m in target_linears(saved, Select()).values())
+    in_file = sum(zeros(m) for m in linears(saved).values())
+    total = sum(round(0.6 * m.weight.numel()) for m in linears(saved).values())
     assert seen == [total, total]
     assert in_file == total
 
@@ -252,7 +257,7 @@ def test_the_callback_does_in_other_trainers_what_it_does_in_ours(tmp_path, cls)
     args = training.arguments(tmp_path, DistillationConfig, max_steps=6, **ADAMW)
     trainer = cls(*models, args=args, train_dataset=training.rows(), data_collator=training.Pad(), callbacks=[callback])
     trainer.train()
-    for module in target_linears(trainer.model, Select()).values():
+    for module in linears(trainer.model).values():
         assert zeros(module) == round(0.5 * module.weight.numel())
     if cls is Trainer:
         ours = make(tmp_path, {"sparsity": 0.5, "every": 1}, max_steps=6)
@@ -260,7 +265,7 @@ def test_the_callback_does_in_other_trainers_what_it_does_in_ours(tmp_path, cls)
         ours.train()
         assert torch.equal(training.weights(ours.model), training.weights(trainer.model))
     else:
-        assert callback._modules.keys().isdisjoint({"model.layers.2.mlp.up_proj"})  # the teacher's third block
+        assert callback.targets.keys().isdisjoint({"model.layers.2.mlp.up_proj"})  # the teacher's third block
 
 
 def test_a_tied_weight_is_never_touched():
@@ -269,7 +274,7 @@ def test_a_tied_weight_is_never_touched():
     model.model.layers[1].mlp.up_proj.weight = block.mlp.up_proj.weight
     shared = nn.Embedding(72, 40)
     block.lookup, block.mlp.gate_proj.weight = shared, shared.weight
-    names = target_linears(model, Select()).keys()
+    names = linears(model).keys()
     assert "model.layers.0.mlp.gate_proj" not in names
     assert "model.layers.0.mlp.up_proj" in names
     assert "model.layers.1.mlp.up_proj" not in names
@@ -279,7 +284,7 @@ def test_layers_are_chosen_by_patterns(tmp_path):
     trainer = make(tmp_path, {"layers": {"include": ["*_proj"], "exclude": ["layers.0.*"]}}, max_steps=2)
     trainer.train()
     assert trainer.pruning.report().keys() == {
-        name for name in target_linears(trainer.model, Select()) if name.startswith("model.layers.1.")
+        name for name in linears(trainer.model) if name.startswith("model.layers.1.")
     }
 
 

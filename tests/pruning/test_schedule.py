@@ -54,6 +54,23 @@ def test_halfway_is_seven_eighths_of_the_way():
     assert cubic_sparsity(0.5, 0.0, 0.8) == pytest.approx(0.7)
 
 
+def test_a_linear_schedule_grows_evenly():
+    made = plan_schedule(100, initial=0.2, final=0.6, begin=10, end=50, every=10, curve="linear")
+    found = [made.sparsity(step) for step in (9, 10, 19, 20, 30, 40, 50, 99)]
+    assert found == pytest.approx([0.0, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6])
+    assert made.updates() == [10, 20, 30, 40, 50]
+
+
+def test_one_shot_drops_everything_at_the_first_update():
+    made = plan_schedule(100, initial=0.0, final=0.6, begin=10, end=50, every=7, curve="one_shot")
+    assert [made.sparsity(step) for step in (0, 9, 10, 11, 100)] == [0.0, 0.0, 0.6, 0.6, 0.6]
+
+
+def test_updates_are_where_the_masks_change():
+    made = schedule(every=7)
+    assert made.updates() == [step for step in range(101) if made.is_update(step)]
+
+
 def test_shares_of_training_and_steps_agree():
     assert schedule(200, begin=0.1, end=0.75, every=0.05) == schedule(200, begin=20, end=150, every=10)
     assert schedule(10, begin=0.0, end=1.0, every=0.001).every == 1

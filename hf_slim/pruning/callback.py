@@ -1,0 +1,238 @@
+"""The Trainer's hooks of gradual pruning: when its parts (`Pruner`, schedule, learning rate cycles, checkpoint) act."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_slim.core.errors import PlanError
+from hf_slim.core.units import Units, find_units
+from hf_slim.pruning.adapters import is_plain_lora
+from hf_slim.pruning.checkpoint import folder_of, load_state, save_state
+from hf_slim.pruning.cycles import cycles, install
+from hf_slim.pruning.groups import unit_size
+from hf_slim.pruning.pattern import block_of, column_problems
+from hf_slim.pruning.pruner import Memory, Pruner, Rank
+from hf_slim.pruning.schedule import Schedule, plan_schedule
+from hf_slim.pruning.targets import Target, find_targets, make_dense
+
+if TYPE_CHECKING:
+    from hf_slim.pruning.gradual import Config
+
+logger = logging.getLogger("hf_slim.pruning.gradual")
+
+
+class PruningHooks(TrainerCallback, ExportableState):
+    """Runs a `Pruner` through a training.
+
+    Args:
+        config: checked options.
+        rank: makes masks; is handed the options and the groups of units besides.
+    """
+
+    def __init__(self, config: Config, rank: Rank):
+        self.config, self._rank = config, rank
+        self.schedule: Schedule | None = None
+        self._groups: list[Units] = []
+        self._pruner: Pruner | None = None
+        self._checkpoint: str | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """keep, Bool[rows, cols] by layer; empty before training."""
+        return {} if self._pruner is None else dict(self._pruner.keep)
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """What is pruned, by layer; empty before training."""
+        return {} if self._pruner is None else self._pruner.targets
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all target weights, counted now; 0 before training."""
+        counts = [(_zeros(target), target.weight.numel()) for target in self.targets.values()]
+        return sum(zeros for zeros, _ in counts) / max(1, sum(total for _, total in counts))
+
+    def report(self) -> dict[str, float]:
+        """Share of zeros in each target layer, counted now."""
+        return {name: _zeros(target) / target.weight.numel() for name, target in self.targets.items()}
+
+    def finish(self) -> None:
+        """Prune to the final sparsity now: for a training that was stopped before its schedule ended."""
+        if self._pruner is None:
+            raise PlanError("there is nothing to finish: training has not begun")
+        self._pruner.update(self.config.final_sparsity, self.schedule.end if self.schedule else 0)
+        self._pruner.freeze()
+
+    def state(self) -> dict:
+        """What the Trainer writes into trainer_state.json: the options, and where the rest of the state is."""
+        options = self.config.model_dump(mode="json", exclude_unset=True)
+        return {"args": {"config": options}, "attributes": {"_checkpoint": self._checkpoint}}
+
+    def on_init_end(self, args, state, control, *, model=None, **kwargs):
+        """Make layers that are stored sparse dense ones, before there is an optimizer."""
+        if model is not None:
+            make_dense(model, self.config.layers)
+
+    def on_train_begin(self, args, state, control, *, model, lr_scheduler=None, **kwargs):
+        """Check everything, then prune as far as the schedule is at this step: 0, or where a checkpoint left off."""
+        config = self.config
+        self.schedule = plan_schedule(
+            state.max_steps,
+            initial=config.initial_sparsity,
+            final=config.final_sparsity,
+            begin=config.begin,
+            end=config.end,
+            every=config.every,
+            curve=config.schedule,
+        )
+        if args.fsdp or args.deepspeed:
+            raise PlanError("gradual pruning ranks whole weights, which FSDP and DeepSpeed shard; use data parallelism")
+        targets = find_targets(model, config.layers)
+        if config.units != "weight":
+            self._groups = _groups(model, targets, config)
+            members = {name for units in self._groups for name in (units.reader, *units.writers)}
+            targets = {name: target for name, target in targets.items() if name in members}
+        if problems := _problems(targets, config):
+            raise PlanError(problems)
+        if config.lr_cycles:
+            install(lr_scheduler, cycles(self.schedule.updates(), state.max_steps, config.lr_floor))
+        memory = Memory(config.score, config.smoothing, config.decay if config.shadow else None)
+        self._pruner = Pruner(targets, partial(self._rank, config=config, groups=self._groups), memory)
+        self._begin(args, state)
+
+    def on_pre_optimizer_step(self, args, state, control, *, optimizer=None, **kwargs):
+        """Hand the gradients to the scores, and clear those of pruned weights."""
+        if self._pruner is not None:
+            self._pruner.before_step(scored=self._unscaled(args, optimizer))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Set pruned weights back to zero."""
+        if self._pruner is not None:
+            self._pruner.after_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Prune further when the schedule says so; the Trainer evaluates and saves only after this."""
+        self._checkpoint = str(folder_of(args, state.global_step))
+        if self.schedule is not None and self.schedule.is_update(state.global_step):
+            self._update(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Count weights that became zero by themselves as pruned from here on, as after a resume; save the rest."""
+        if self._pruner is not None:
+            self._pruner.refresh()
+            if self._pruner.remembers and args.should_save:
+                save_state(folder_of(args, state.global_step), self._pruner.tensors())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Take the masks of the model that is handed over, and say so if it is less sparse than asked for."""
+        if self._pruner is None:
+            return
+        self._pruner.settle()
+        asked = self.config.final_sparsity
+        if self.sparsity < asked - self._rounding():
+            logger.warning(
+                "The trained model has sparsity %.4f, not %.4f: training stopped early, or load_best_model_at_end "
+                "brought back a checkpoint from before the end of the schedule. The callback's finish() drops the rest "
+                "at once.",
+                self.sparsity,
+                asked,
+            )
+
+    def _begin(self, args: Any, state: Any) -> None:
+        """Masks for the step at which training begins."""
+        pruner, step = self._pruner, state.global_step
+        if pruner is None or self.schedule is None:
+            return
+        name = type(self).__name__
+        saved = (state.stateful_callbacks or {}).get(name) or {}
+        if state.stateful_callbacks is not None:
+            state.stateful_callbacks.setdefault(name, self.state())
+        if step >= self.schedule.end:
+            pruner.freeze()
+        if step == 0 or not pruner.remembers:
+            self._update(step)
+            return
+        noted = saved.get("attributes", {}).get("_checkpoint") if isinstance(saved, dict) else None
+        folders = [folder_of(args, step)] if noted is None else [Path(noted), folder_of(args, step)]
+        pruner.load(load_state(folders))
+
+    def _update(self, step: int) -> None:
+        """Take masks as the schedule has it after `step` steps; nothing moves them any more after its end."""
+        if self._pruner is None or self.schedule is None:
+            return
+        self._pruner.update(self.schedule.sparsity(step), step)
+        if step >= self.schedule.end:
+            self._pruner.freeze()
+
+    def _unscaled(self, args: Any, optimizer: Any) -> bool:
+        """Undo the scaling of float16 training where the Trainer has not; whether gradients are fit to be scored."""
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is None or self._pruner is None or not (self._pruner.scores or self._pruner.dense):
+            return True
+        if not args.max_grad_norm:  # clipping has done it otherwise
+            inner = optimizer
+            while hasattr(inner, "optimizer"):
+                inner = inner.optimizer
+            scaler.unscale_(inner)
+        gradients = [target.gradient for target in self.targets.values()]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+
+    def _rounding(self) -> float:
+        """The share of weights that whole numbers of weights, blocks or units may fall short of the sparsity."""
+        weights = {name: target.weight for name, target in self.targets.items()}
+        coarse = sum(unit_size(units, weights) for units in self._groups) or block_of(self.config.pattern) * len(
+            weights
+        )
+        return coarse / sum(W.numel() for W in weights.values())
+
+
+def _groups(model: nn.Module, targets: dict[str, Target], config: Config) -> list[Units]:
+    """Groups of the units to prune: those of which every layer is a target.
+
+    Raises:
+        PlanError: there are none, or all units of a group would go.
+    """
+    found = find_units(model, (config.units,))  # pyright: ignore[reportArgumentType]
+    groups = [units for units in found if all(name in targets for name in (units.reader, *units.writers))]
+    if not groups:
+        raise PlanError(
+            f"prune.gradual: {type(model).__name__} has no {config.units}s whose layers are all among those that "
+            "layers selects; select both the layers that write and the one that reads them, or set units: weight"
+        )
+    if problems := [
+        f"{units.reader}: sparsity {config.sparsity} would remove all of its {len(units)} {units.kind}s; "
+        f"set sparsity below {1 - 0.5 / len(units):.4g}"
+        for units in groups
+        if config.scope == "layer" and round(config.sparsity * len(units)) == len(units)
+    ]:
+        raise PlanError(problems)
+    return groups
+
+
+def _problems(targets: dict[str, Target], config: Config) -> list[str]:
+    """Why these weights cannot be pruned so."""
+    problems = []
+    for name, target in targets.items():
+        problems += column_problems(name, target.weight.shape[1], config.pattern)
+        if target.adapter is not None and not is_plain_lora(target.adapter):
+            problems.append(f"{name}: its adapter is more than plain LoRA, so pruned weights could not stay zero")
+    untrained = [name for name, target in targets.items() if not target.trained]
+    if untrained and (config.score != "magnitude" or config.shadow):
+        what = "shadow: true" if config.score == "magnitude" else f"score: {config.score}"
+        problems.append(
+            f"{len(untrained)} layers get no gradients, such as {untrained[0]}, and {what} needs them; train them, "
+            "or use score: magnitude without shadow, as with adapters"
+        )
+    return problems
+
+
+def _zeros(target: Target) -> int:
+    return int((target.weight == 0).sum())
