@@ -22,8 +22,8 @@ from torch import Tensor
 # may be of any type that holds them.
 RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
-# What decides which weights of a run of columns survive: (weights [columns, rows] with the feedback of all columns
-# before the run, columns of W [columns]) -> keep [columns, rows].
+# What decides which weights of a run of columns survive: (weights [columns, rows] as they would be if all of them did,
+# every error before the run repaired; columns of W [columns]) -> keep [columns, rows].
 ChooseKeep = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -119,7 +119,12 @@ def error_feedback(
             moving[middle:stop].addmm_(feedback[start:middle, middle:stop].t(), error[start:middle])
             return sweep(middle, stop, window)
         if choose is not None and kept is not None and window:
-            kept[start:stop] = choose(moving[start:stop], order[start:stop])
+            here = slice(start, stop)
+            # `moving` repairs as if the run's other columns were still as in W; they will have moved themselves.
+            left = torch.linalg.solve_triangular(
+                feedback[here, here].t(), error[here] - moving[here], upper=False, unitriangular=True
+            )
+            kept[here] = choose(error[here] - left, order[here])
             return sweep(start, stop, 0)
         for j in range(start, stop):
             column, w, lost, code = columns[j]

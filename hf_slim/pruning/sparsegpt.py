@@ -4,8 +4,9 @@ Minimises the squared error of the layer's output, tr((W - X) H (W - X)^T), H = 
 
     factor   H = R R^T, R upper triangular, so that the loss is sum_j ||sum_{i <= j} (W_i - X_i) R_ij||**2: its term j
              holds no column after j (`core/feedback.py`)
-    choose   before a run of 128 columns, with w the weights that carry the feedback of all columns before it: dropping
-             w_rj costs (w_rj R_jj)**2 in term j, so the smallest go; for "n:m", runs of m columns, n of each row stay
+    choose   before a run of 128 columns, with w its weights as they would be if none of them went, every error before
+             the run repaired: dropping w_rj costs (w_rj R_jj)**2 in term j, so those of least cost go; for "n:m", of
+             runs of m columns all but n in each row
     drop     X_j = keep_j * (W_j + sum_{i < j} (W_i - X_i) R_ij / R_jj)
     refit    10 steps of least squares on the survivors, all columns at once (`survivors.py`)
 
@@ -126,7 +127,8 @@ def _chooser(
             chosen = n_m_mask(score, *n_m)
         else:
             drop = round(sparsity * rows * seen) - round(sparsity * rows * before)
-            chosen = magnitude_mask(score, drop / score.numel())
+            everything = drop == score.numel()
+            chosen = torch.zeros_like(keep[:, columns]) if everything else magnitude_mask(score, drop / score.numel())
         chosen &= keep[:, columns]
         keep[:, columns] = chosen
         return chosen.t()
