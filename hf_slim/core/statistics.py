@@ -130,7 +130,7 @@ class Sums:
             )
         return found
 
-    def _zeros(self, width: int, device: torch.device) -> Tensor:
+    def _zeros(self, width: int, device: torch.device | None) -> Tensor:
         return torch.zeros(width, device=device) if self._squares else torch.zeros(width, width, device=device)
 
     def _add_weighted(self, name: str, x: Tensor, weights: Tensor) -> None:
