@@ -67,6 +67,14 @@ def global_masks(
     return {name: keep.repeat_interleave(block, dim=1) for name, keep in highest(runs, sparsity).items()}
 
 
+def drop(W: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"]) -> None:
+    """Set all of W to zero that `keep` does not mark, in place.
+
+    Bytes and floats multiply in one vectorised pass; with Bool, or filled, it takes two to ten times as long.
+    """
+    W.mul_(keep.view(torch.uint8))
+
+
 def n_m_mask(W: Float[Tensor, "rows cols"], n: int, m: int) -> Bool[Tensor, "rows cols"]:
     """True for the n weights of largest magnitude among every m consecutive columns.
 
@@ -155,7 +163,7 @@ def _ordered(values: Tensor) -> Tensor:
 
 def _turned(bits: Tensor) -> Tensor:
     """Bit patterns of negative numbers grow with their magnitude: turn them round; its own inverse."""
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 def _magnitude(W: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_slim.core.errors import ModelError
 from hf_slim.encodings.packing import pack_mask, unpack_mask
 from hf_slim.pruning.adapters import mask_adapters
+from hf_slim.pruning.masks import drop
 from hf_slim.pruning.scores import Score, add_movement, blend_taylor
 from hf_slim.pruning.shadow import cover, uncover
 from hf_slim.pruning.targets import Target
@@ -82,7 +83,7 @@ class Pruner:
         """
         weights = {name: self.dense.get(name, target.effective) for name, target in self.targets.items()}
         for what, tensors in (("", weights), ("'s score", self.scores)):
-            if bad := [name for name, T in tensors.items() if not torch.isfinite(T).all()]:
+            if bad := [name for name, T in tensors.items() if not _is_finite(T)]:
                 raise ModelError(
                     [f"{name}{what} holds NaN or infinite values at step {step}; training diverged" for name in bad]
                 )
@@ -95,10 +96,12 @@ class Pruner:
         """Count weights that became zero by themselves as pruned, as a resumed run will."""
         self._alive = {}
         for name, keep in self.keep.items():
-            W = self.dense.get(name, self.targets[name].weight)
-            keep.logical_and_((W != 0) | ~W.any())
-            if name in self.dense and bool(W.any()) and not bool(W.all()):
-                self._alive[name] = W != 0
+            alive = self.dense.get(name, self.targets[name].weight) != 0
+            if not alive.any():  # it has yet to be trained
+                continue
+            keep.logical_and_(alive)
+            if name in self.dense and not alive.all():
+                self._alive[name] = alive
 
     @torch.no_grad()
     def before_step(self, scored: bool = True) -> None:
@@ -109,11 +112,9 @@ class Pruner:
             target = self.targets[name]
             gradient = target.gradient
             if name in self.dense:
-                uncover(
-                    target.weight, gradient, self.dense[name], keep, self._alive.get(name), self.memory.decay or 0.0
-                )
+                uncover(target.weight, gradient, self.dense[name], self._alive.get(name), self.memory.decay or 0.0)
             elif gradient is not None:
-                gradient.mul_(keep)
+                drop(gradient, keep)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -123,7 +124,7 @@ class Pruner:
             if name in self.dense:
                 cover(target.weight, self.dense[name], keep, self._alive.get(name))
             elif target.trained:
-                target.weight.mul_(keep)
+                drop(target.weight, keep)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -174,7 +175,7 @@ class Pruner:
             self.keep[name] = torch.empty_like(target.weight, dtype=torch.bool).copy_(keep)
             if name in self.dense:
                 target.weight.copy_(self.dense[name])
-            target.weight.masked_fill_(~self.keep[name], 0.0)
+            drop(target.weight, self.keep[name])
             if target.adapter is not None:
                 mask_adapters(target.adapter, self.keep[name])
 
@@ -190,3 +191,8 @@ class Pruner:
             else:
                 blend_taylor(S, W, gradient, self.memory.smoothing)
         self._steps += seen
+
+
+def _is_finite(T: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity: a sum that is finite says so at a tenth of the time."""
+    return bool(torch.isfinite(T.sum(dtype=torch.float32))) or bool(torch.isfinite(T).all())

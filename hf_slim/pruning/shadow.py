@@ -18,28 +18,31 @@ W, D, g: [rows, cols]; keep: Bool [rows, cols].
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from hf_slim.pruning.masks import drop
 
 
 def uncover(
     W: Float[Tensor, "rows cols"],
     g: Float[Tensor, "rows cols"] | None,
     D: Float[Tensor, "rows cols"],
-    keep: Bool[Tensor, "rows cols"],
     alive: Bool[Tensor, "rows cols"] | None,
     decay: float,
 ) -> None:
     """Before the optimizer's step, in place: put D into W, and the decay of pruned weights into g.
 
     Args:
+        W: keep ⊙ D, so that D - W is what is pruned.
         alive: False where D is zero for good; None if it is so nowhere.
     """
-    W.copy_(D)
     if g is not None:
-        g.add_((D * ~keep).to(g.dtype), alpha=decay)
+        g.add_(torch.sub(D, W), alpha=decay)
         if alive is not None:
-            g.mul_(alive)
+            drop(g, alive)
+    W.copy_(D)
 
 
 def cover(
@@ -50,6 +53,6 @@ def cover(
 ) -> None:
     """After the optimizer's step, in place: take D out of W, and mask W."""
     if alive is not None:
-        W.mul_(alive)
+        drop(W, alive)
     D.copy_(W)
-    W.mul_(keep)
+    drop(W, keep)
