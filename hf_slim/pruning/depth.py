@@ -176,6 +176,11 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
     return {}
 
 
+def notes(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> list[str]:
+    """What the plan cannot foresee."""
+    return ["which blocks go is known once they have been tried; sizes are predicted with all of them"]
+
+
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Remove blocks from a model."""
     stack, count = _settle(model, config)

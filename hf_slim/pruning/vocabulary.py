@@ -62,6 +62,11 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
     return {}
 
 
+def notes(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> list[str]:
+    """What the plan cannot foresee."""
+    return ["how many tokens go is known once the text has been counted; sizes are predicted with all of them"]
+
+
 def count_tokens(ids: Int[Tensor, "windows length"], size: int) -> Int[Tensor, " size"]:
     """How often each of `size` tokens occurs."""
     return torch.bincount(ids.flatten().cpu(), minlength=size)
