@@ -4,7 +4,7 @@
     hf-slim inspect MODEL                  layers, shapes, bytes by kind, tied weights; on demand what could go
     hf-slim plan RECIPE                    what would happen to every layer; no weights are loaded
     hf-slim run RECIPE --out DIR           do it
-    hf-slim eval MODEL                     perplexity, agreement, speed
+    hf-slim eval MODEL                     perplexity, accuracy, agreement, speed
     hf-slim card DIR                       the model card of an artifact
 
 Every command takes --json. Recipes take overrides: `hf-slim run r.yaml --model M --out D seed=1 quantize.gptq.bits=3`.
@@ -25,8 +25,9 @@ from rich.console import Console, RenderableType
 from transformers.utils import logging as transformers_logging
 
 import hf_slim
-from hf_slim.core.data import DataSource, load_tokens
+from hf_slim.core.data import DataSource, load_tokens, tokens_from
 from hf_slim.core.errors import DataError, PlanError, SlimError
+from hf_slim.core.examples import load_examples
 from hf_slim.core.model import ModelSource
 from hf_slim.core.parallel import device, is_main
 from hf_slim.core.progress import Progress
@@ -105,14 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", required=True, help="folder of the artifact")
     run.add_argument("--overwrite", action="store_true", help="throw away what an earlier run left in --out")
 
-    evaluate = _command(commands, "eval", _eval, "perplexity of a model; agreement and speed on demand")
+    evaluate = _command(commands, "eval", _eval, "perplexity or accuracy of a model; agreement and speed on demand")
     evaluate.add_argument("model", help="Hub id, local folder or GGUF file")
     evaluate.add_argument("--original", help="compare with this model: KL and top-1 agreement")
     evaluate.add_argument("--speed", action="store_true", help="measure prefill and decode speed too")
     evaluate.add_argument(
-        "--data", default="builtin", help="text: builtin, a txt/jsonl/parquet file, or a Hub data set"
+        "--data", default="builtin", help="text: builtin, a txt/jsonl/csv/tsv/parquet file, or a Hub data set"
     )
-    evaluate.add_argument("--samples", type=int, default=16, help="windows (default 16)")
+    evaluate.add_argument("--column", help="column of the text (default text)")
+    evaluate.add_argument("--label", help="column of the classes, for the accuracy of a classifier")
+    evaluate.add_argument("--samples", type=int, default=16, help="windows or labelled texts (default 16)")
     evaluate.add_argument("--length", type=int, default=512, help="tokens in a window (default 512)")
 
     card = _command(commands, "card", _card, "print the model card of an artifact")
@@ -272,17 +275,24 @@ def _note(text: str) -> str:
 
 def _eval(arguments: argparse.Namespace) -> Any:
     source = ModelSource(arguments.model)
-    windows = load_tokens(_held_out(arguments), "held_out", source.load_tokenizer())
+    tokenizer, data = source.load_tokenizer(), _held_out(arguments)
+    examples = None if data.label is None else load_examples(data, "held_out", tokenizer)
+    windows = load_tokens(data, "held_out", tokenizer) if examples is None else tokens_from(examples.windows(tokenizer))
     original = None if arguments.original is None else ModelSource(arguments.original).load().to(device())
-    found = measure(source.load().to(device()), windows.ids, original=original, speed=arguments.speed)
+    model = source.load().to(device())
+    found = measure(
+        model, windows.ids, original=original, speed=arguments.speed, examples=examples, tokenizer=tokenizer
+    )
     _print_table(arguments, ["measured", "value"], [[what, f"{value:.4g}"] for what, value in found.items()])
-    _say(arguments, f"on {windows.description}")
-    return found | {"data": windows.description, "data_fingerprint": windows.fingerprint}
+    used = examples or windows
+    _say(arguments, f"on {used.description}")
+    return found | {"data": used.description, "data_fingerprint": used.fingerprint}
 
 
 def _held_out(arguments: argparse.Namespace) -> DataSource:
     try:
-        return DataSource(source=arguments.data, samples=arguments.samples, length=arguments.length)
+        columns = {key: value for key in ("column", "label") if (value := getattr(arguments, key, None))}
+        return DataSource(source=arguments.data, samples=arguments.samples, length=arguments.length, **columns)
     except ValidationError as error:
         raise DataError(
             [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']}" for e in error.errors()]

@@ -45,7 +45,10 @@ def find_method(address: str) -> ModuleType:
 
 
 def data_needed(address: str, config: MethodConfig) -> tuple[str, ...]:
-    """The data that a method needs with these options: a method whose options ask for more has a function `needs`."""
+    """The data that a method needs with these options: a method whose options ask for more has a function `needs`.
+
+    "labels" among them: the data that it trains or measures a classifier on have classes.
+    """
     method = find_method(address)
     return method.needs(config) if hasattr(method, "needs") else method.RULES.needs
 

@@ -15,17 +15,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_slim.core.data import Role
 from hf_slim.core.errors import PlanError
 from hf_slim.core.experts import unseen
+from hf_slim.core.forward import is_classifier
 from hf_slim.core.layers import plan_layers
 from hf_slim.core.model import ModelSource
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.size import count_weights, stored_bytes
 from hf_slim.core.stage import Stage
+from hf_slim.labels import label_problems
 from hf_slim.methods import changes_model, data_needed, find_method, is_export
 from hf_slim.recipe import Recipe
 
-ROLES = ("calibration", "train", "held_out")
+ROLES: tuple[Role, ...] = ("calibration", "train", "held_out")
 TRAINING_BYTES = 16  # a float32 weight, its gradient and AdamW's two moments
 RUNTIME_BYTES = 700 << 20  # Python, PyTorch and Transformers themselves, measured
 
@@ -75,7 +78,7 @@ class Plan:
     def bytes_after(self) -> int:
         return self.other_bytes + sum(layer.nbytes for layer in self.final_layers.values())
 
-    def roles(self) -> list[str]:
+    def roles(self) -> list[Role]:
         """The data that the stages need."""
         needed = {need for stage in self.stages for need in data_needed(stage.stage.method, stage.stage.options)}
         return [role for role in ROLES if role in needed]
@@ -113,11 +116,14 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
     if source is None:
         if recipe.model is None:
             raise PlanError("no model: give `model:` in the recipe, or --model on the command line")
-        source = ModelSource(recipe.model, recipe.revision, recipe.dtype)
+        source = ModelSource(
+            recipe.model, recipe.revision, recipe.dtype, recipe.task, recipe.num_labels, seed=recipe.seed
+        )
     skeleton = source.skeleton()
     layers = find_layers(skeleton)
     other = stored_bytes(skeleton) - sum(layer.nbytes for layer in layers.values())
     problems, stages, notes = order_problems(recipe.stages) + place_problems(recipe.stages), [], []
+    problems += label_problems(recipe.stages, recipe.data, is_classifier(skeleton), source.has_new_head)
     current = dict(layers)
     for number, stage in enumerate(recipe.stages, 1):
         try:
@@ -127,8 +133,9 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
             changed = {}
         current |= changed
         stages.append(StagePlan(stage, changed, _memory(stage, current, other)))
-        if is_export(stage.method):
-            found = find_method(stage.method).notes(current, stage.options, skeleton)
+        method = find_method(stage.method)
+        if hasattr(method, "notes"):
+            found = method.notes(current, stage.options, skeleton)
             notes += [f"stage {number}, {stage.method}: {note}" for note in found]
     if problems:
         raise PlanError(problems)
@@ -151,9 +158,9 @@ def plan_stage(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -
         if problems := method.problems(layers, config, model):
             raise PlanError(problems)
         return {}
-    if hasattr(method, "encoding"):
-        return plan_layers(layers, method, config)
-    return method.plan(layers, config, model) if hasattr(method, "plan") else {}
+    if hasattr(method, "plan"):
+        return method.plan(layers, config, model)
+    return plan_layers(layers, method, config) if hasattr(method, "encoding") else {}
 
 
 def order_problems(stages: tuple[Stage, ...]) -> list[str]:
@@ -225,7 +232,7 @@ def _memory(stage: Stage, layers: dict[str, Layer], other: int) -> int:
         extra += 4 * 4 * widest * widest
     if "train" in needs:
         extra += TRAINING_BYTES * weights
-    if "original" in needs:
+    if "original" in needs or "teacher" in needs:
         extra += 2 * weights
     return RUNTIME_BYTES + stored + extra
 

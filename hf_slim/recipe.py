@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hf_slim.core import strict_yaml
 from hf_slim.core.data import DataConfig
@@ -25,6 +25,7 @@ from hf_slim.core.errors import RecipeError, nearest
 from hf_slim.core.explain import explain, shown
 from hf_slim.core.stage import StageList, address_of
 from hf_slim.core.strict_yaml import Document, Path
+from hf_slim.core.tasks import Task
 from hf_slim.methods import FAMILIES
 
 
@@ -42,6 +43,9 @@ class Recipe(BaseModel):
         revision: branch, tag or commit of a Hub model.
         seed: of every random choice.
         dtype: of the weights in memory; "auto" is the dtype they are stored in.
+        task: what the model is to be used for; a head that its checkpoint lacks is drawn by the seed. None for what the
+            checkpoint is made for.
+        num_labels: classes of a classifier; None for what the model's config says.
         data: text for calibration, evaluation and training.
         stages: the methods, in order.
     """
@@ -52,8 +56,16 @@ class Recipe(BaseModel):
     revision: Annotated[str, Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    task: Task | None = None
+    num_labels: Annotated[int, Field(ge=2)] | None = None
     data: DataConfig = DataConfig()
     stages: Annotated[StageList, AfterValidator(_not_empty)]
+
+    @model_validator(mode="after")
+    def _classes_have_a_task(self) -> Recipe:
+        if self.num_labels is not None and self.task is None:
+            raise ValueError("num_labels is the number of a classifier's classes; add task: sequence-classification")
+        return self
 
     @classmethod
     def from_yaml(

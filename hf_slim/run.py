@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, set_seed
 import hf_slim
 from hf_slim.core.apply import run_stage
 from hf_slim.core.context import Context
-from hf_slim.core.data import TokenWindows, load_tokens
-from hf_slim.core.errors import ArtifactError
+from hf_slim.core.data import Role, TokenWindows, load_tokens
+from hf_slim.core.errors import ArtifactError, DataError
+from hf_slim.core.examples import Examples, check_examples, load_examples, unknown_classes
 from hf_slim.core.experts import unfused
 from hf_slim.core.layers import check_weights
 from hf_slim.core.model import ModelSource, check_tokens
@@ -34,9 +35,12 @@ from hf_slim.core.report import RunReport
 from hf_slim.core.select import find_layers
 from hf_slim.export.artifact import read_report, write_artifact
 from hf_slim.export.workspace import Workspace, disk_errors
+from hf_slim.labels import LABELLED
 from hf_slim.methods import changes_model
 from hf_slim.plan import Plan, make_plan
 from hf_slim.recipe import Recipe
+
+Data = dict[str, TokenWindows | Examples]
 
 
 def run_recipe(
@@ -62,19 +66,19 @@ def run_recipe(
     if plan.source.path is not None and plan.source.path.resolve() == workspace.out.resolve():
         raise ArtifactError(f"{out} holds the model itself; give another folder for the result")
     tokenizer = plan.source.load_tokenizer()
-    windows = {role: _windows(recipe, role, tokenizer) for role in plan.roles()}
-    inputs = fingerprints(recipe, plan.source, windows)
+    data = _read_data(plan, tokenizer)
+    inputs = fingerprints(recipe, plan.source, data)
     with disk_errors(workspace.out):
         if overwrite:
             workspace.clear()
         if workspace.is_finished():
             return workspace.finished(inputs)
         workspace.open(inputs)
-        model = _run_stages(plan, workspace, windows, tokenizer, progress or Progress())
+        model = _run_stages(plan, workspace, data, tokenizer, progress or Progress())
         return _finish(plan, workspace, model, tokenizer, inputs)
 
 
-def fingerprints(recipe: Recipe, source: ModelSource, windows: dict[str, TokenWindows]) -> dict[str, Any]:
+def fingerprints(recipe: Recipe, source: ModelSource, data: Data) -> dict[str, Any]:
     """What decides the result of a run, as short strings."""
     stages = recipe.to_dict()
     stages.pop("model", None)
@@ -84,13 +88,14 @@ def fingerprints(recipe: Recipe, source: ModelSource, windows: dict[str, TokenWi
         "code": f"hf_slim {hf_slim.__version__} {code_digest()[:12]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
         **{f"teacher {name}": ModelSource(name).fingerprint() for name in _teachers(recipe)},
-        **{f"data.{role}": found.fingerprint for role, found in windows.items()},
+        **{f"data.{role}": found.fingerprint for role, found in data.items()},
     }
 
 
 def _teachers(recipe: Recipe) -> list[str]:
     """Other models that stages learn from."""
-    return [name for stage in recipe.stages if (name := getattr(stage.options, "teacher", None))]
+    options = [part for stage in recipe.stages for part in (stage.options, getattr(stage.options, "training", None))]
+    return [name for part in options if (name := getattr(part, "own_teacher", None))]
 
 
 @cache
@@ -101,24 +106,27 @@ def code_digest() -> str:
     return _digest("".join(f"{f.relative_to(package)} {_digest(f.read_text())}\n" for f in files))
 
 
-def _run_stages(
-    plan: Plan, workspace: Workspace, windows: dict[str, TokenWindows], tokenizer: Any, progress: Progress
-) -> PreTrainedModel:
+def _run_stages(plan: Plan, workspace: Workspace, data: Data, tokenizer: Any, progress: Progress) -> PreTrainedModel:
     done = len(workspace.reports)
     model = _load(plan, workspace)
     context = Context(
         seed=plan.recipe.seed,
         tokenizer=tokenizer,
-        windows=_by_role(windows),
+        windows=_windows(data, tokenizer),
+        labelled=lambda role: found if isinstance(found := data[role], Examples) else None,
         load_original=lambda: plan.source.load().to(device()),
         source=plan.source,
         progress=progress,
         out=workspace.exports,
-        retokenize=lambda new: _by_role({role: _windows(plan.recipe, role, new) for role in windows}),
+        retokenize=lambda new: _windows({role: _read(plan.recipe, role, new) for role in plan.roles()}, new),
     )
     _take_up_tokens(context, workspace)
-    for role, found in windows.items():
-        check_tokens(model, context.tokens(role), found.description)
+    for role, found in data.items():
+        examples = context.examples(role)
+        if examples is not None:
+            check_examples(model, examples)
+        else:
+            check_tokens(model, context.tokens(role), found.description)
     workspace.begin()
     for number, planned in enumerate(plan.stages, 1):
         if number <= done:
@@ -166,13 +174,40 @@ def _finish(
     return report or read_report(workspace.out)
 
 
-def _windows(recipe: Recipe, role: str, tokenizer: Any) -> TokenWindows:
-    source = getattr(recipe.data, role) or recipe.data.calibration
-    return load_tokens(source, role, tokenizer, recipe.seed)  # pyright: ignore[reportArgumentType]
+def _read_data(plan: Plan, tokenizer: Any) -> Data:
+    """The data of every role that a stage needs.
+
+    Raises:
+        DataError: all that is wrong with them, classes that the model does not have too.
+    """
+    data: Data = {}
+    problems: list[str] = []
+    for role in plan.roles():
+        try:
+            found = data[role] = _read(plan.recipe, role, tokenizer)
+        except DataError as error:
+            problems += error.problems
+            continue
+        if isinstance(found, Examples):
+            problems += unknown_classes(found, plan.source.load_config().num_labels or 0)
+    if problems:
+        raise DataError(problems)
+    return data
 
 
-def _by_role(windows: dict[str, TokenWindows]) -> Callable[[str], Tensor]:
-    return lambda role: windows[role].ids
+def _read(recipe: Recipe, role: Role, tokenizer: Any) -> TokenWindows | Examples:
+    source = recipe.data.of(role)
+    if source.label is not None and role in LABELLED:
+        return load_examples(source, role, tokenizer, recipe.seed)
+    return load_tokens(source, role, tokenizer, recipe.seed)
+
+
+def _windows(data: Data, tokenizer: Any) -> Callable[[str], Tensor]:
+    def of(role: str) -> Tensor:
+        found = data[role]
+        return found.windows(tokenizer) if isinstance(found, Examples) else found.ids
+
+    return of
 
 
 def _digest(text: str) -> str:

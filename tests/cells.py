@@ -84,6 +84,7 @@ NO_GGUF = Refusal(
 TURNED = Refusal(("GPT-2",), "the format's readers take nn.Linear only", "readers of the format know no `Conv1D`")
 EXPERTS = Refusal(("Mixtral", "Qwen3-MoE"), "fused experts", "every reader has its own form of experts")
 NOT_CAUSAL = Refusal(OTHERS, "causal language model", "predicts the next token only")
+NO_CLASSES = Refusal(tuple(architectures.KINDS), "needs a sequence classifier", "measures sequence classifiers")
 SHARED_BIAS = Refusal(("T5",), "a position bias that all blocks share", "all blocks share one position bias a head")
 FOLLOWS = Refusal(
     ("OPT", "GPT-2", "GPT-NeoX", "Falcon", *ENCODERS),
@@ -118,6 +119,7 @@ METHODS: dict[str, Method] = {
         {**TRAINING, "validation": 1}, after=("quantize.rtn", GRID), smaller=False, refusals=(TWO_INPUTS,)
     ),
     "evaluate.perplexity": Method(refusals=(NOT_CAUSAL,)),
+    "evaluate.accuracy": Method(refusals=(NO_CLASSES,)),
     "evaluate.agreement": Method(),
     "evaluate.latency": Method({"prompt_length": 8, "new_tokens": 2, "repeats": 1}),
     "export.compressed_tensors": Method(after=CODED, refusals=(TURNED, EXPERTS)),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.errors import PlanError
+from hf_slim.core.examples import Examples
 from hf_slim.core.model import ModelSource
 from hf_slim.core.progress import Progress
 from hf_slim.core.vocabulary import trim_tokens
@@ -25,6 +26,7 @@ class Context:
         seed: for whatever is drawn at random.
         tokenizer: the model's, or None.
         windows: loads token windows [samples, length] of a role: "calibration", "train" or "held_out".
+        labelled: the classified texts of a role, None where its data have no classes.
         load_original: loads the uncompressed model, for teachers and comparisons.
         source: where the uncompressed model is found, for a teacher that is to be loaded in another form.
         progress: progress bars.
@@ -32,6 +34,7 @@ class Context:
         work: a folder for a stage's own files (trainer checkpoints), kept until the stage is done; None for a
             temporary one.
         retokenize: makes `windows` anew for a tokenizer that was rewritten; None where there is no text to go back to.
+        previous: the model as it was before this stage, where the stage needs it.
         kept: the original's ids of the tokens that are left, in order; empty for all.
         out: folder that exports are written below, over what is there; None in a script, where they go where they are
             told and nothing is written over.
@@ -40,6 +43,7 @@ class Context:
     seed: int = 0
     tokenizer: Any = None
     windows: Callable[[str], Tensor] | None = None
+    labelled: Callable[[str], Examples | None] | None = None
     load_original: Callable[[], PreTrainedModel] | None = None
     source: ModelSource | None = None
     progress: Progress = field(default_factory=Progress)
@@ -47,6 +51,7 @@ class Context:
     work: Path | None = None
     retokenize: Callable[[Any], Callable[[str], Tensor]] | None = None
     out: Path | None = None
+    previous: PreTrainedModel | None = None
     kept: list[int] = field(default_factory=list)
 
     def tokens(self, role: str) -> Tensor:
@@ -58,6 +63,11 @@ class Context:
         if self.windows is None:
             raise PlanError(f"{role} data is needed; pass data=texts (or token ids), or give data.{role} in the recipe")
         return self.windows(role)
+
+    def examples(self, role: str) -> Examples | None:
+        """The classified texts of a role; None where its data have no classes."""
+        found = None if self.labelled is None else self.labelled(role)
+        return found.tokenized(self.tokenizer) if found is not None and self.kept else found
 
     @cached_property
     def original(self) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Text and tokens for calibration, training and evaluation.
 
-A `DataSource` names text: the prose that every Python ships ("builtin"), a local txt, jsonl or parquet file, a folder
-of such files, or a Hub data set. Its documents are tokenized without special tokens, joined by the tokenizer's
+A `DataSource` names text: the prose that every Python ships ("builtin"), a local txt, jsonl, csv, tsv or parquet file,
+a folder of such files, or a Hub data set. Its documents are tokenized without special tokens, joined by the tokenizer's
 end-of-sequence token, and cut into windows that do not overlap:
 
     held_out                 the first `samples` windows, in order
@@ -10,6 +10,8 @@ end-of-sequence token, and cut into windows that do not overlap:
 
 Calibration and evaluation never share text. The built-in prose is split by topic; for any other text the two roles need
 another source, configuration or split, which `DataConfig` checks when it is made.
+
+A source with a `label` holds classified texts: `examples.py` reads those one by one.
 """
 
 from __future__ import annotations
@@ -40,19 +42,24 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        default="builtin", min_length=1, description="'builtin', a txt, jsonl or parquet file, a folder, a Hub id"
+        default="builtin",
+        min_length=1,
+        description="'builtin', a txt, jsonl, csv, tsv or parquet file, a folder, a Hub id",
     )
     name: str | None = Field(default=None, description="configuration of a Hub data set, such as wikitext-2-raw-v1")
     split: str | None = Field(default=None, description="split of a folder or Hub data set; train if not given")
     column: str | None = Field(default=None, description="column of the text; text if not given")
-    samples: int = Field(default=32, ge=1, description="number of windows")
-    length: int = Field(default=DEFAULT_LENGTH, ge=2, description="tokens in a window")
+    label: str | None = Field(default=None, description="column of the classes 0, 1, ...; none if not given")
+    samples: int = Field(default=32, ge=1, description="number of windows, or of labelled texts")
+    length: int = Field(default=DEFAULT_LENGTH, ge=2, description="tokens in a window; at most, in a labelled text")
     seed: int | None = Field(default=None, ge=0, description="of the choice of windows; the run's seed if not given")
 
     @model_validator(mode="after")
     def _options_fit_the_source(self) -> DataSource:
         kind = texts.kind_of(self.source)
-        unused = [key for key in ("name", "split", "column") if key not in texts.OPTIONS[kind] and getattr(self, key)]
+        unused = [
+            key for key in ("name", "split", "column", "label") if key not in texts.OPTIONS[kind] and getattr(self, key)
+        ]
         if unused:
             raise ValueError(f"{self.source!r} is {texts.KIND_NAMES[kind]} and takes no {' or '.join(unused)}")
         return self
@@ -74,6 +81,10 @@ class DataConfig(BaseModel):
     train: DataSource | None = Field(
         default=None, description="text for training stages; the calibration text if not given"
     )
+
+    def of(self, role: Role) -> DataSource:
+        """The source of a role."""
+        return getattr(self, role) or self.calibration
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> DataConfig:

@@ -80,6 +80,11 @@ def is_causal(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: True)())
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the model predicts one class for a whole text."""
+    return getattr(model, "loss_type", None) == "ForSequenceClassification"
+
+
 def require_causal(model: nn.Module, measure: str) -> None:
     """Raises ModelError unless the model predicts the next token."""
     if not is_causal(model):

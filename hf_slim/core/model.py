@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
@@ -23,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_slim.core.errors import DataError, ModelError
 from hf_slim.core.experts import unfuse
 from hf_slim.core.imports import check_readable, dense_state, foreign, gguf_loss, lost
+from hf_slim.core.tasks import Task, check_classes, drawn_by, is_new_head, model_class, outside_head
 from hf_slim.integration.transformers import QUANT_METHOD, SlimConfig, SlimQuantizer
 
 IMPORTED = ("*.safetensors", "*.json")  # what is fetched of a checkpoint that another program has quantized
@@ -37,11 +37,17 @@ class ModelSource:
         name: Hub id, local folder, or path of a GGUF file.
         revision: branch, tag or commit on the Hub.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        task: what it is to be used for; None for what its config names.
+        num_labels: classes of a classifier; None for what its config says.
+        seed: of a head that the checkpoint does not have.
     """
 
     name: str
     revision: str | None = None
     dtype: str = "auto"
+    task: Task | None = None
+    num_labels: int | None = None
+    seed: int = 0
 
     @property
     def path(self) -> Path | None:
@@ -61,15 +67,24 @@ class ModelSource:
         return {"pretrained_model_name_or_path": str(path or self.name), "revision": self.revision or "main"}
 
     def load_config(self) -> PretrainedConfig:
-        """The model's config.
+        """The model's config, with as many classes as are asked for.
 
         Raises:
-            ModelError: it cannot be found or read.
+            ModelError: it cannot be found or read, or its head is for other classes.
         """
         try:
-            return AutoConfig.from_pretrained(**self.where(), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(**self.where(), trust_remote_code=False)
         except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
+        check_classes(config, self.task, self.num_labels)
+        if self.num_labels is not None:
+            config.num_labels = self.num_labels
+        return config
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether a head is drawn at random, because the checkpoint has none for the task."""
+        return is_new_head(self.load_config(), self.task)
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device; dense where another program has quantized it.
@@ -80,7 +95,7 @@ class ModelSource:
         self._strip_foreign(config)
         stored = getattr(config, "quantization_config", None)
         with torch.device("meta"):
-            model = model_class(config)._from_config(config, dtype=self._dtype_of(config))
+            model = model_class(config, self.task)._from_config(config, dtype=self._dtype_of(config))
         if stored is not None and stored.get("quant_method") == QUANT_METHOD:
             SlimQuantizer(SlimConfig(**stored))._process_model_before_weight_loading(model)
         unfuse(model)
@@ -96,21 +111,25 @@ class ModelSource:
             ModelError: it cannot be found or read, a file is damaged, or weights are missing.
         """
         where, config = self.where(), self.load_config()
-        cls, stored = model_class(config), None if _stays_quantized(config) else self._strip_foreign(config)
+        cls, stored = model_class(config, self.task), None if _stays_quantized(config) else self._strip_foreign(config)
         if stored is not None:
             where = self._decoded(config, stored)
-        options = {} if quantization is None else {"quantization_config": quantization}
+        options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+        if self.num_labels is not None and stored is None:
+            options["num_labels"] = self.num_labels
         try:
-            loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True, **options)
+            with drawn_by(self.seed):
+                loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True, **options)
             model, info = loaded
         except SafetensorError as error:
             raise ModelError(f"model {self.name!r}: a weights file is damaged ({error}); download it again") from error
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"model {self.name!r}: cannot load it: {_first_line(error)}") from error
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:5])
+        new_head = is_new_head(config, self.task)
+        if absent := outside_head(info["missing_keys"], model) if new_head else sorted(info["missing_keys"]):
+            missing = ", ".join(sorted(absent)[:5])
             raise ModelError(
-                f"model {self.name!r}: {len(info['missing_keys'])} weights are not in its files ({missing} ...); "
+                f"model {self.name!r}: {len(absent)} weights are not in its files ({missing} ...); "
                 "they would be random. Use a complete checkpoint"
             )
         if "gguf_file" in where:
@@ -148,7 +167,7 @@ class ModelSource:
         name, revision = self.name, self.revision
         folder = self.path or Path(snapshot_download(name, revision=revision, allow_patterns=IMPORTED))
         with torch.device("meta"):
-            skeleton = model_class(config)._from_config(config)
+            skeleton = model_class(config, self.task)._from_config(config)
         state = dense_state(folder, stored, skeleton, self._dtype_of(config))
         return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
 
@@ -170,21 +189,6 @@ class ModelSource:
             return f"{self.name}@{getattr(self.load_config(), '_commit_hash', None) or self.revision or 'main'}"
         files = [path] if path.is_file() else sorted(f for pattern in WEIGHTS for f in path.glob(pattern))
         return hashlib.sha256("".join(f"{f.name} {sha256(f)}\n" for f in files).encode()).hexdigest()
-
-
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config names; of a config that names none, as of a GGUF file, the causal language model."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    if not config.architectures and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        known: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        return known[type(config)]
-    raise ModelError(
-        f"model {config.name_or_path!r}: its config names no architecture that Transformers "
-        f"{transformers.__version__} knows (got {config.architectures}); "
-        "models with code of their own are not supported"
-    )
 
 
 def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "windows length"], what: str) -> None:

@@ -10,23 +10,35 @@ longest topic that has it, and the topics are then split by a hash of their name
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_slim.core.errors import DataError
+from hf_slim.core.errors import DataError, nearest
 
-Kind = Literal["builtin", "text", "jsonl", "parquet", "folder", "hub", "unknown"]
+Kind = Literal["builtin", "text", "jsonl", "csv", "tsv", "parquet", "folder", "hub", "unknown"]
+Row = tuple[dict[str, Any], str]  # cells by column, and what messages call the place
 
-EXTENSIONS: dict[str, Kind] = {".txt": "text", ".raw": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+EXTENSIONS: dict[str, Kind] = {
+    ".txt": "text",
+    ".raw": "text",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 KIND_NAMES: dict[Kind, str] = {
     "builtin": "Python's own prose",
     "text": "a text file",
     "jsonl": "a jsonl file",
+    "csv": "a csv file",
+    "tsv": "a tsv file",
     "parquet": "a parquet file",
     "folder": "a folder",
     "hub": "a Hub data set",
@@ -35,11 +47,13 @@ KIND_NAMES: dict[Kind, str] = {
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "builtin": (),
     "text": (),
-    "jsonl": ("column",),
-    "parquet": ("column",),
-    "folder": ("split", "column"),
-    "hub": ("name", "split", "column"),
-    "unknown": ("name", "split", "column"),
+    "jsonl": ("column", "label"),
+    "csv": ("column", "label"),
+    "tsv": ("column", "label"),
+    "parquet": ("column", "label"),
+    "folder": ("split", "column", "label"),
+    "hub": ("name", "split", "column", "label"),
+    "unknown": ("name", "split", "column", "label"),
 }
 HELD_OUT_TOPICS = 0.2  # share of the topics; they hold 29 % of the words
 
@@ -83,18 +97,62 @@ def read(
     kind = kind_of(source)
     if kind == "builtin":
         return iter(builtin(held_out=role == "held_out"))
+    if kind == "text":
+        return iter([_read_text(_existing(source))])
+    wanted = column or "text"
+    return (_text(row, wanted, where) for row, where in _rows(source, name, split, (wanted,)))
+
+
+def read_labelled(
+    source: str, label: str, name: str | None = None, split: str | None = None, column: str | None = None
+) -> Iterator[tuple[str, int]]:
+    """Documents of a source with a column of classes: the text and its class.
+
+    Args:
+        source: a jsonl, csv, tsv or parquet file, a folder, or a Hub id.
+        label: column of the classes, whole numbers.
+        name, split, column: as in `read`.
+
+    Raises:
+        DataError: as in `read`; a class that is no whole number.
+    """
+    wanted = column or "text"
+    for row, where in _rows(source, name, split, (wanted, label)):
+        yield labelled_cells(row, wanted, label, where)
+
+
+def labelled_cells(row: dict[str, Any], column: str, label: str, where: str) -> tuple[str, int]:
+    """Text and class of one row.
+
+    Raises:
+        DataError: no such columns, no text, no whole number.
+    """
+    return _text(row, column, where), _whole(row, label, where)
+
+
+def _rows(source: str, name: str | None, split: str | None, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a source that has columns; these columns at least."""
+    kind = kind_of(source)
     if kind == "hub":
-        return _data_set(source, name, split or "train", column or "text")
+        return _data_set(source, name, split or "train")
+    path = _existing(source)
+    if kind == "folder":
+        return _data_set(str(path), None, split or "train")
+    if kind == "jsonl":
+        return _jsonl(path)
+    if kind == "parquet":
+        return _parquet(path, columns)
+    return _separated(path, "," if kind == "csv" else "\t")
+
+
+def _existing(source: str) -> Path:
+    """The path of a local source that can be read."""
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(f"{source}: no such file; give an existing path, a Hub data set or 'builtin'")
-    if kind == "unknown":
+    if kind_of(source) == "unknown":
         raise DataError(f"{source}: cannot read {path.suffix or 'this'} files; known: {', '.join(sorted(EXTENSIONS))}")
-    if kind == "folder":
-        return _data_set(str(path), None, split or "train", column or "text")
-    if kind == "text":
-        return iter([_read_text(path)])
-    return (_jsonl if kind == "jsonl" else _parquet)(path, column or "text")
+    return path
 
 
 def rows_of(data: Any) -> Iterator[Any]:
@@ -128,7 +186,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def _jsonl(path: Path, column: str) -> Iterator[str]:
+def _jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -138,34 +196,43 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             raise DataError(f"{path}, line {number}: is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {number}: expected an object such as {{"text": ...}}, got {line[:40]}')
-        yield _cell(row, column, f"{path}, line {number}")
+        yield row, f"{path}, line {number}"
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _separated(path: Path, separator: str) -> Iterator[Row]:
+    """Rows of a csv file, where quotes enclose cells, or of a tsv file, where they are characters like any other."""
+    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=separator, quoting=quoting)
+    try:
+        for row in reader:
+            yield row, f"{path}, line {reader.line_num}"
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: cannot be read as {path.suffix[1:]}: {error}") from None
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        _require_column(column, file.schema_arrow.names, str(path))
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
+        for column in columns:
+            _require_column(column, file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(batch_size=256, columns=list(columns)):
             for row in batch.to_pylist():
-                yield _cell(row, column, str(path))
+                yield row, str(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from None
 
 
-def _data_set(source: str, name: str | None, split: str, column: str) -> Iterator[str]:
+def _data_set(source: str, name: str | None, split: str) -> Iterator[Row]:
     """Rows of a Hub data set, or of a folder of data files, streamed."""
     import datasets
 
     where = " ".join(part for part in (source, name, split) if part)
     try:
-        rows = datasets.load_dataset(source, name, split=split, streaming=True)
-        for row in rows:
-            yield _cell(row, column, where)
-    except DataError:
-        raise
+        for row in datasets.load_dataset(source, name, split=split, streaming=True):
+            yield row, where
     except Exception as error:  # load_dataset raises whatever its many back ends raise; every one is told to the user
         raise DataError(
             f"{where}: cannot be loaded as a data set: {type(error).__name__}: {str(error).strip() or 'no message'}. "
@@ -173,16 +240,30 @@ def _data_set(source: str, name: str | None, split: str, column: str) -> Iterato
         ) from error
 
 
-def _require_column(column: str, columns: list[str], where: str) -> None:
-    if column not in columns:
-        raise DataError(f"{where}: no column {column!r}; columns: {', '.join(map(str, columns))}; set column:")
+def _require_column(column: str, columns: Sequence[str], where: str, key: str = "column") -> None:
+    if column in columns:
+        return
+    known = [str(each) for each in columns]
+    close = nearest(column, known)
+    hint = f"; {close}" if close.startswith("did") else ""
+    raise DataError(f"{where}: no column {column!r}; columns: {', '.join(known)}; set {key}:{hint}")
 
 
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
+def _text(row: dict[str, Any], column: str, where: str) -> str:
     _require_column(column, list(row), where)
     if not isinstance(row[column], str):
         raise DataError(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text; set column:")
     return row[column]
+
+
+def _whole(row: dict[str, Any], column: str, where: str) -> int:
+    """A class: a whole number, in a file of text its digits."""
+    _require_column(column, list(row), where, "label")
+    value = row[column]
+    digits = isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value)
+    if isinstance(value, bool) or not (digits or isinstance(value, int)):
+        raise DataError(f"{where}: label {value!r} in column {column!r} is no whole number; number the classes from 0")
+    return int(value)
 
 
 # --------------------------------------------------------------------------------------------------- Python's own prose

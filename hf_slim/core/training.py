@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError
+from hf_slim.core.examples import collator
+from hf_slim.core.forward import is_classifier
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.precision import in_dtype
 
@@ -49,12 +53,28 @@ class Windows(Dataset):
 
 
 def require_loss(model: PreTrainedModel, method: str) -> None:
-    """Raises ModelError unless token windows are all that a model needs to compute its own loss."""
-    if not model.can_generate():
+    """Raises ModelError unless token windows, or a class for each text, are all that its own loss needs."""
+    if not model.can_generate() and not is_classifier(model):
         raise ModelError(
             f"{method} trains a model on its own loss, and {type(model).__name__} has none on plain text; "
             f"put it under distill.logits (during: [{method}]), or use its callback in a Trainer of your own"
         )
+
+
+def class_loss(
+    outputs: Any, labels: Int[Tensor, " batch"], num_items_in_batch: Tensor | int | None = None
+) -> Float[Tensor, ""]:
+    """Cross entropy of a classifier, for a Trainer's `compute_loss_func`: a mean over all that one step sees.
+
+    A model's own loss is a mean over a part of the step's batch, which the Trainer then takes for such a share.
+    """
+    count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(outputs.logits.float(), labels.to(outputs.logits.device), reduction="sum") / count
+
+
+def own_loss(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments that have a plain Trainer train a model on its labels."""
+    return {"compute_loss_func": class_loss} if is_classifier(model) else {}
 
 
 def train(
@@ -65,16 +85,16 @@ def train(
     make_trainer: Callable[..., Trainer],
     **extra: Any,
 ) -> dict[str, Any]:
-    """Train `model` in place on the train windows.
+    """Train `model` in place: a classifier on classified texts where there are such, else on the train windows.
 
     Args:
         arguments: class of the training arguments, called with `extra` beside the options.
-        make_trainer: called with `model`, `args` and `train_dataset`.
+        make_trainer: called with `model`, `args`, `train_dataset` and, for texts of any length, `data_collator`.
 
     Returns:
-        Steps, tokens seen, and the first and last logged losses.
+        Steps, tokens (or texts) seen, and the first and last logged losses.
     """
-    windows = Windows(context.tokens("train"), labels=model.can_generate())
+    data, seen = _training_data(model, options, context)
     with _folder(context) as folder, in_dtype(model, torch.float32):
         args = arguments(
             output_dir=str(folder),
@@ -95,18 +115,25 @@ def train(
             dataloader_pin_memory=False,
             **extra,
         )
-        trainer = make_trainer(model=model, args=args, train_dataset=windows)
+        trainer = make_trainer(model=model, args=args, **data)
         trainer.remove_callback(PrinterCallback)  # what it would print goes into the report
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         model.zero_grad()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
-    return {
-        "steps": options.steps,
-        "tokens": options.steps * options.batch_size * options.gradient_accumulation * windows.ids.shape[1],
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-    }
+    return {"steps": options.steps, **seen, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def _training_data(
+    model: PreTrainedModel, options: TrainingOptions, context: Context
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What a Trainer is handed to train on, and how much of it this training sees."""
+    rows = options.steps * options.batch_size * options.gradient_accumulation
+    examples = context.examples("train") if is_classifier(model) else None
+    if examples is not None:
+        return {"train_dataset": examples, "data_collator": collator(context.tokenizer)}, {"texts": rows}
+    windows = Windows(context.tokens("train"), labels=model.can_generate())
+    return {"train_dataset": windows}, {"tokens": rows * windows.ids.shape[1]}
 
 
 @contextmanager

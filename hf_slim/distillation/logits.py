@@ -3,17 +3,21 @@
 loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * cross entropy, a mean over tokens; KL reversed on demand.
 
 By default the teacher is the original model and the student its compressed self, which needs no layer maps and no
-labels: training recovers what compression broke. What `during` names happens to the student while it is trained:
-gradual pruning, whose zeros are stored as such at the end. Kernels are in `losses.py`, the loop is
-`DistillationTrainer`.
+labels: training recovers what compression broke. With `teacher: previous` it is the model as the stages before left it,
+such as a classifier that an earlier stage has trained; with `alpha: 0` there is none, and labels alone teach. What
+`during` names happens to the student while it is trained: gradual pruning, whose zeros are stored as such at the end.
+Kernels are in `losses.py`, the loop is `DistillationTrainer`.
 """
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
@@ -30,6 +34,7 @@ from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.integration.bitsandbytes import check_installed, make_config
 from hf_slim.methods import find_method
 
+PREVIOUS = "previous"
 RULES = Rules(needs=("train", "original"), preserves=("zeros",), paper="Hinton et al. 2015, arXiv:1503.02531")
 
 
@@ -37,14 +42,32 @@ class Config(TrainingOptions):
     """Options of `distill.logits`."""
 
     student: Literal["self"] = Field("self", description="the model as the stages before left it")
-    teacher: str | None = Field(None, description="Hub id or folder; the original model if not given")
+    teacher: str | None = Field(
+        None, description="Hub id or folder; 'previous' for the model as it is before; the original if not given"
+    )
     teacher_quantization: Literal["nf4", "int8"] | None = Field(
         None, description="load the teacher through bitsandbytes, to save memory"
     )
     temperature: float = Field(2.0, gt=0, description="both models' logits are divided by it")
-    alpha: float = Field(1.0, ge=0, le=1, description="share of the distillation loss; the label loss has the rest")
+    alpha: float = Field(
+        1.0, ge=0, le=1, description="share of the distillation loss, 0 for no teacher; the labels have the rest"
+    )
     divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
     during: StageList = Field((), description="what happens while training, such as prune.gradual")
+
+    @property
+    def own_teacher(self) -> str | None:
+        """Hub id or folder of a teacher that is neither the original nor the model itself."""
+        return None if self.alpha == 0 or self.teacher == PREVIOUS else self.teacher
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> Config:
+        if self.teacher == PREVIOUS and self.teacher_quantization is not None:
+            raise ValueError(
+                "teacher: previous is in memory already, and teacher_quantization works while a teacher is loaded; "
+                "leave one of them out"
+            )
+        return self
 
     @field_validator("during")
     @classmethod
@@ -64,16 +87,36 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
         check_installed()
     changed: dict[str, Layer] = {}
     for stage in config.during:
-        changed |= plan_layers(layers | changed, find_method(stage.method), stage.options)
+        method, before = find_method(stage.method), layers | changed
+        if hasattr(method, "plan"):
+            changed |= method.plan(before, stage.options, model)
+        else:
+            changed |= plan_layers(before, method, stage.options)
     return changed
 
 
-def load_teacher(config: Config, context: Context) -> PreTrainedModel:
-    """The teacher, as the options ask for it.
+def needs(config: Config) -> tuple[str, ...]:
+    """The data and models that it needs with these options."""
+    teacher = ("teacher",) if config.teacher else ("original",)
+    return ("train", *(teacher if config.alpha > 0 else ()), *(("labels",) if config.alpha < 1 else ()))
+
+
+def keep_previous(model: PreTrainedModel, config: Config, context: Context) -> Context:
+    """A context that remembers the model as it is now, where it is to be the teacher."""
+    wanted = config.alpha > 0 and config.teacher == PREVIOUS and context.previous is None
+    return replace(context, previous=copy.deepcopy(model)) if wanted else context
+
+
+def load_teacher(config: Config, context: Context) -> PreTrainedModel | None:
+    """The teacher, as the options ask for it; None where there is none.
 
     Raises:
         PlanError: a teacher that is in memory already is to be quantized.
     """
+    if config.alpha == 0:
+        return None
+    if config.teacher == PREVIOUS:
+        return context.previous
     source = context.source if config.teacher is None else ModelSource(config.teacher)
     if config.teacher_quantization is not None:
         if source is None:
@@ -87,10 +130,10 @@ def load_teacher(config: Config, context: Context) -> PreTrainedModel:
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Train the model against its teacher."""
-    teacher = load_teacher(config, context)
+    teacher = load_teacher(config, keep_previous(model, config, context))
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
-    with in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device)):
+    with nullcontext() if teacher is None else in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device)):
         metrics: dict[str, Any] = train(
             model,
             config,

@@ -91,7 +91,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student.
-        teacher: a model for the same task over the same vocabulary (or classes), of any size.
+        teacher: a model for the same task over the same vocabulary (or classes), of any size; None with `alpha` 0,
+            where labels alone teach.
         args: a `DistillationConfig`, or `TrainingArguments` for the defaults of distillation.
         kwargs: everything else that `Trainer` takes.
 
@@ -105,15 +106,20 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         args: TrainingArguments | None = None,
         **kwargs: Any,
     ):
         args = DistillationConfig() if args is None else args
-        check_pair(model, teacher)
         _check_options(args, kwargs)
+        if teacher is not None:
+            check_pair(model, teacher)
         settings = args if isinstance(args, DistillationConfig) else DistillationConfig
         self.temperature, self.alpha, self.divergence = settings.temperature, settings.alpha, settings.divergence
+        if teacher is None and self.alpha > 0:
+            raise PlanError(
+                f"alpha={self.alpha} needs a teacher, got None; pass one, or set alpha=0 to use labels alone"
+            )
         self.task = task_of(model)
         super().__init__(model, args, **kwargs)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
@@ -121,10 +127,10 @@ class DistillationTrainer(Trainer):
                 "distillation shifts labels within whole sequences; set context and sequence parallelism to 1"
             )
         self.can_return_loss = True  # a loss needs no labels here, so evaluation without labels has one, too
-        self.teacher = teacher.requires_grad_(False).eval()
-        if getattr(teacher, "hf_device_map", None) is None:
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        if teacher is not None and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)
-        self._teacher_accepts = _accepted(teacher)
+        self._teacher_accepts = None if teacher is None else _accepted(teacher)
         self.current_gradient_accumulation_steps = 1  # the Trainer's; it sets it only once training has begun
         self._parts = {"train": _Average(), "eval": _Average()}
 
@@ -135,11 +141,14 @@ class DistillationTrainer(Trainer):
             raise DataError(f"alpha={self.alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
         features = {name: value for name, value in inputs.items() if name not in _LABELS}
         outputs = model(**features)
-        student, teacher = self._logits(outputs, features)
+        student = outputs.logits.reshape(-1, outputs.logits.shape[-1])
         rows, keep = outputs.logits.shape[0], keep.to(student.device)
 
-        losses = {"distillation_loss": kl_divergence(student, teacher, keep, self.temperature, self.divergence)}
-        self._check_finite(losses["distillation_loss"], teacher, keep, rows)
+        losses: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            teacher = self._teach(outputs.logits, features)
+            losses["distillation_loss"] = kl_divergence(student, teacher, keep, self.temperature, self.divergence)
+            self._check_finite(losses["distillation_loss"], teacher, keep, rows)
         if targets is not None and (self.alpha < 1 or not model.training):
             losses["label_loss"] = label_cross_entropy(student, targets.to(student.device), keep)
         count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=student.device)
@@ -147,9 +156,8 @@ class DistillationTrainer(Trainer):
         losses = {name: loss * processes / count.clamp(min=1) for name, loss in losses.items()}
         self._record(losses, training=model.training, rows=rows)
 
-        loss = self.alpha * losses["distillation_loss"]
-        if self.alpha < 1:
-            loss = loss + (1 - self.alpha) * losses["label_loss"]
+        weights = {"distillation_loss": self.alpha, "label_loss": 1 - self.alpha}
+        loss = sum((weights[name] * part for name, part in losses.items()), student.new_zeros(()))
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -206,20 +214,18 @@ class DistillationTrainer(Trainer):
             mask = None
         return positions(shape, labels, mask, shift=self.task == "causal" and "shift_labels" not in inputs)
 
-    def _logits(self, outputs: Any, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's logits, [tokens, vocab]."""
+    def _teach(self, student: Tensor, features: dict[str, Any]) -> Tensor:
+        """The teacher's logits, [tokens, vocab], for those of the student."""
         known = self._teacher_accepts
         features = {name: value for name, value in features.items() if known is None or name in known}
         with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(**features).logits
-        student = outputs.logits
+            teacher = self.teacher(**features).logits  # pyright: ignore[reportOptionalCall]
         if student.shape != teacher.shape:
             raise ModelError(
                 f"the teacher's logits have shape {list(teacher.shape)}, the student's {list(student.shape)}; "
                 "both must see the same tokens and predict over the same vocabulary (or classes)"
             )
-        vocab = student.shape[-1]
-        return student.reshape(-1, vocab), teacher.to(student.device).reshape(-1, vocab)
+        return teacher.to(student.device).reshape(-1, student.shape[-1])
 
     def _check_finite(self, loss: Tensor, teacher: Tensor, keep: Tensor, rows: int) -> None:
         """Refuse a teacher that predicts NaN or infinity; a student that diverges is the Trainer's business."""

@@ -1,3 +1,3 @@
-"""Evaluation: perplexity, agreement with the original, speed."""
+"""Evaluation: perplexity, accuracy, agreement with the original, speed."""
 
-METHODS = ("perplexity", "agreement", "latency")
+METHODS = ("perplexity", "accuracy", "agreement", "latency")

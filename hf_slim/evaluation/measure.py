@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_slim.core.examples import Examples, check_examples
 from hf_slim.core.forward import is_causal
 from hf_slim.core.size import count_weights, stored_bytes
+from hf_slim.evaluation.accuracy import accuracy
 from hf_slim.evaluation.agreement import agreement
 from hf_slim.evaluation.latency import latency
 from hf_slim.evaluation.perplexity import perplexity
@@ -18,11 +22,15 @@ def measure(
     ids: Int[Tensor, "windows length"],
     original: PreTrainedModel | None = None,
     speed: bool = False,
+    examples: Examples | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, float]:
-    """Size, and what else applies: perplexity (causal models), agreement (with an original), speed (on demand).
+    """Size, and what else applies: perplexity (causal models), accuracy (classifiers), agreement, speed (on demand).
 
     Args:
         ids: held-out token windows.
+        examples: held-out texts with their classes.
+        tokenizer: pads them.
     """
     found: dict[str, float] = {
         "megabytes": stored_bytes(model) / 1e6,
@@ -30,6 +38,9 @@ def measure(
     }
     if is_causal(model):
         found["perplexity"] = perplexity(model, ids).perplexity
+    if examples is not None:
+        check_examples(model, examples)
+        found["accuracy"] = accuracy(model, examples, tokenizer).accuracy
     if original is not None:
         compared = agreement(model, original, ids)
         found |= {"KL from the original": compared.kl, "same top-1 token": compared.top1}

@@ -27,11 +27,9 @@ def model_card(report: RunReport) -> str:
             "",
             "```python",
             "import hf_slim  # teaches Transformers to read this folder",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer"
-            if _is_causal(report)
-            else "from transformers import AutoModel, AutoTokenizer",
+            f"from transformers import {_auto_class(report)}, AutoTokenizer",
             "",
-            f'model = {"AutoModelForCausalLM" if _is_causal(report) else "AutoModel"}.from_pretrained("THIS_FOLDER")',
+            f'model = {_auto_class(report)}.from_pretrained("THIS_FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
             "```",
             "",
@@ -74,5 +72,8 @@ def _short_name(model: str) -> str:
     return Path(model).name
 
 
-def _is_causal(report: RunReport) -> bool:
-    return report.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+def _auto_class(report: RunReport) -> str:
+    """The class of Transformers that loads the model with its head."""
+    if report.architecture.endswith("ForSequenceClassification"):
+        return "AutoModelForSequenceClassification"
+    return "AutoModelForCausalLM" if report.architecture.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"

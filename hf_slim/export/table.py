@@ -37,6 +37,16 @@ def _perplexity(metrics: dict) -> list[Row]:
     return [Row("perplexity, held-out text", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")]
 
 
+def _accuracy(metrics: dict) -> list[Row]:
+    before, after = metrics["before"], metrics["after"]
+    return [Row("accuracy, held-out texts", "" if before is None else _percent(before), _percent(after))]
+
+
+def _percent(found: dict) -> str:
+    spread = "" if found["stderr"] is None else f" ± {100 * found['stderr']:.1f}"
+    return f"{100 * found['accuracy']:.1f}{spread} %"
+
+
 def _agreement(metrics: dict) -> list[Row]:
     return [
         Row("KL from the original, nats a token", "0", f"{metrics['kl']:.4f}"),
@@ -60,6 +70,7 @@ def _megabytes(count: int) -> str:
 
 _METRICS = {
     "evaluate.perplexity": _perplexity,
+    "evaluate.accuracy": _accuracy,
     "evaluate.agreement": _agreement,
     "evaluate.latency": _latency,
 }

@@ -189,7 +189,7 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
 
 def needs(config: Config) -> tuple[str, ...]:
     """The data that it needs with these options."""
-    return RULES.needs if config.training is None else RULES.needs + logits.RULES.needs
+    return RULES.needs if config.training is None else RULES.needs + logits.needs(config.training)
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
@@ -198,7 +198,9 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     units = _chosen(find_units(model, ("neuron",)), layers, config)
     check_weights(model, [layers[name] for u in units for name in (u.reader, *u.writers)])
     if config.training is not None:
-        context.tokens("train")
+        context = logits.keep_previous(model, config.training, context)
+        if context.examples("train") is None:
+            context.tokens("train")
     widths = {u.reader: len(u) for u in units}
     rows: dict[str, LayerReport] = {}
     rounds: list[dict[str, Any]] = []

@@ -41,17 +41,18 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import PlanError
 from hf_slim.core.experts import unfused
 from hf_slim.core.explain import explain
-from hf_slim.core.layers import plan_targets, put_layer
+from hf_slim.core.layers import plan_layers, plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, require_loss, train
-from hf_slim.core.units import Units
+from hf_slim.core.training import TrainingOptions, own_loss, require_loss, train
+from hf_slim.core.units import Units, expected_units
 from hf_slim.encodings import Sparse
 from hf_slim.integration.transformers import mark
+from hf_slim.methods import find_method
 from hf_slim.pruning.callback import PruningHooks
-from hf_slim.pruning.groups import choose_units, unit_masks
+from hf_slim.pruning.groups import choose_units, prunable, survivors, unit_masks
 from hf_slim.pruning.masks import global_masks, n_m_highest
 from hf_slim.pruning.pattern import Pattern, block_of, column_problems, pack, parse_pattern, stored
 from hf_slim.pruning.schedule import Curve
@@ -146,7 +147,8 @@ def _masks(
     together, n_m, block = config.scope == "global", parse_pattern(config.pattern), block_of(config.pattern)
     if groups:
         stay = choose_units(groups, {name: score(name) for name in weights}, sparsity, together=together)
-        return unit_masks(groups, stay, weights)
+        kept = {name: (W != 0) | ~W.any() for name, W in weights.items()}
+        return kept | unit_masks(groups, stay, weights)
     if n_m is not None:
         n, m = n_m
         drop = min(m - n, math.floor(sparsity * m + 1e-6))  # in floating point, 3 (1 - 2/3) may fall short of 1
@@ -158,8 +160,27 @@ def _masks(
     return {name: global_masks({name: score(name)}, sparsity, block, key=Tensor.float)[name] for name in weights}
 
 
+def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
+    """The layers as they will be stored; of units, as if every group lost the same share of its own.
+
+    Raises:
+        PlanError: everything that cannot be done.
+    """
+    planned = plan_layers(layers, find_method("prune.gradual"), config)
+    if config.units == "weight":
+        return planned
+    together = config.scope == "global"
+    found = expected_units(model, (config.units,))
+    groups = prunable(found, planned, config.units, config.sparsity, together=together)
+    left = survivors(groups, {name: (layer.rows, layer.cols) for name, layer in layers.items()}, config.sparsity)
+    return {
+        name: layers[name].encoded(Sparse(survivors=min(count, layers[name].survivors or count)))
+        for name, count in left.items()
+    }
+
+
 def encoding(layer: Layer, config: Config) -> Sparse:
-    """How a layer will be stored once it is trained and pruned. Of neurons and heads, which layers, shows only then."""
+    """How a layer will be stored once it is trained and single weights of it are pruned."""
     return stored(layer, config.pattern, config.sparsity)
 
 
@@ -182,16 +203,24 @@ def store(model: PreTrainedModel, pruned: GradualMagnitudePruning) -> list[Layer
     for name in pruned.masks:
         W = get_weight(model.get_submodule(name))
         encoded = pack(W, W != 0, pruned.config.pattern)
+        if name in pruned.held and sum(tensor.nbytes for tensor in encoded[1].values()) >= layers[name].nbytes:
+            continue
         metrics = {"zeros": W.numel() - encoded[0].survivors}
         rows.append(put_layer(model, layers[name], encoded, metrics=metrics))
     return rows
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """The data that it needs: a classifier's with classes."""
+    return (*RULES.needs, "labels")
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Train the model on its own loss and prune it meanwhile."""
     require_loss(model, "prune.gradual")
     pruning = callback(model, config)
-    metrics = train(model, config.training, context, TrainingArguments, partial(Trainer, callbacks=[pruning]))
+    trainer = partial(Trainer, callbacks=[pruning], **own_loss(model))
+    metrics = train(model, config.training, context, TrainingArguments, trainer)
     rows = store(model, pruning)
     zeros, total = sum(row.metrics["zeros"] for row in rows), sum(row.rows * row.cols for row in rows)
     return StageReport(layers=rows, metrics=metrics | {"sparsity": zeros / total})

@@ -36,7 +36,7 @@ from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, require_loss, train
+from hf_slim.core.training import TrainingOptions, own_loss, require_loss, train
 from hf_slim.encodings import Affine
 from hf_slim.integration.transformers import mark
 from hf_slim.quantization.fake import FakeWeight, Grid, Levels
@@ -97,11 +97,17 @@ def store(model: PreTrainedModel, trained: FakeQuantize) -> list[LayerReport]:
     return [put_layer(model, layers[name], encoded) for name, encoded in trained.encoded.items()]
 
 
+def needs(config: Config) -> tuple[str, ...]:
+    """The data that it needs: a classifier's with classes."""
+    return (*RULES.needs, "labels")
+
+
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Train the model on its own loss and quantize it meanwhile."""
     require_loss(model, "quantize.qat")
     quantization = callback(model, config)
-    metrics = train(model, config.training, context, TrainingArguments, partial(Trainer, callbacks=[quantization]))
+    trainer = partial(Trainer, callbacks=[quantization], **own_loss(model))
+    metrics = train(model, config.training, context, TrainingArguments, trainer)
     return StageReport(layers=store(model, quantization), metrics=metrics)
 
 

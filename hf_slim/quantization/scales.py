@@ -199,7 +199,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         metrics: dict[str, Any] = train(
             model,
             config,
-            replace(context, windows=lambda role: tuning),
+            replace(context, windows=lambda role: tuning, labelled=None),
             DistillationConfig,
             partial(DistillationTrainer, teacher=teacher, eval_dataset=kept_apart, callbacks=[best]),
             temperature=config.temperature,

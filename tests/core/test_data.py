@@ -218,7 +218,7 @@ def test_a_hub_data_set_is_streamed_with_its_name_and_split(monkeypatch, tokeniz
     ("name", "content", "options", "message"),
     [
         ("absent.txt", None, {}, "absent.txt: no such file; give an existing path"),
-        ("notes.pdf", b"x", {}, r"cannot read \.pdf files; known: \.jsonl, \.parquet, \.raw, \.txt"),
+        ("notes.pdf", b"x", {}, r"cannot read \.pdf files; known: \.csv, \.jsonl, \.parquet, \.raw, \.tsv, \.txt"),
         ("empty.txt", b"", {}, r"empty\.txt: holds no text"),
         ("short.txt", b"abc", {"samples": 2, "length": 8}, "3 tokens, but 1 windows of 8 tokens need 8"),
         (

@@ -9,7 +9,8 @@ import tiny
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_slim.core.errors import ModelError
-from hf_slim.core.model import ModelSource, model_class
+from hf_slim.core.model import ModelSource
+from hf_slim.core.tasks import model_class
 
 
 def test_config_without_architecture_is_a_causal_model(tmp_path):

@@ -122,7 +122,7 @@ def test_yaml_leaves_defaults_out_and_dict_keeps_them():
     recipe = Recipe.from_yaml("seed: 0\nstages: [{quantize.gptq: {bits: 4, clip: true}}, evaluate.perplexity: {}]")
     assert recipe.to_yaml() == "stages:\n- quantize.gptq: {clip: true}\n- evaluate.perplexity\n"
     as_dict = recipe.to_dict()
-    assert list(as_dict) == ["model", "revision", "seed", "dtype", "data", "stages"]
+    assert list(as_dict) == ["model", "revision", "seed", "dtype", "task", "num_labels", "data", "stages"]
     assert as_dict["stages"][0]["quantize.gptq"]["exclude"] == []
     assert as_dict["stages"][1] == {"evaluate.perplexity": {}}
     assert Recipe.model_validate(as_dict) == recipe
