@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_slim.core.errors import PlanError
+from hf_slim.core.experts import unfuse
 from hf_slim.core.units import Units, find_units
 from hf_slim.pruning.adapters import is_plain_lora
 from hf_slim.pruning.checkpoint import folder_of, load_state, save_state
 from hf_slim.pruning.cycles import cycles, install
-from hf_slim.pruning.groups import unit_size
+from hf_slim.pruning.groups import prunable, survivors, unit_size, zero_biases
 from hf_slim.pruning.pattern import block_of, column_problems
 from hf_slim.pruning.pruner import Memory, Pruner, Rank
 from hf_slim.pruning.schedule import Schedule, plan_schedule
@@ -35,6 +37,9 @@ class PruningHooks(TrainerCallback, ExportableState):
     Args:
         config: checked options.
         rank: makes masks; is handed the options and the groups of units besides.
+
+    Attributes:
+        held: layers that only keep the zeros that they have: where units go, those that are part of none.
     """
 
     def __init__(self, config: Config, rank: Rank):
@@ -43,6 +48,7 @@ class PruningHooks(TrainerCallback, ExportableState):
         self._groups: list[Units] = []
         self._pruner: Pruner | None = None
         self._checkpoint: str | None = None
+        self.held: frozenset[str] = frozenset()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -56,8 +62,9 @@ class PruningHooks(TrainerCallback, ExportableState):
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among all target weights, counted now; 0 before training."""
-        counts = [(_zeros(target), target.weight.numel()) for target in self.targets.values()]
+        """Share of zeros among all weights that are being pruned, counted now; 0 before training."""
+        pruned = [target for name, target in self.targets.items() if name not in self.held]
+        counts = [(_zeros(target), target.weight.numel()) for target in pruned]
         return sum(zeros for zeros, _ in counts) / max(1, sum(total for _, total in counts))
 
     def report(self) -> dict[str, float]:
@@ -70,6 +77,7 @@ class PruningHooks(TrainerCallback, ExportableState):
             raise PlanError("there is nothing to finish: training has not begun")
         self._pruner.update(self.config.final_sparsity, self.schedule.end if self.schedule else 0)
         self._pruner.freeze()
+        self._zero_biases()
 
     def state(self) -> dict:
         """What the Trainer writes into trainer_state.json: the options, and where the rest of the state is."""
@@ -96,10 +104,11 @@ class PruningHooks(TrainerCallback, ExportableState):
         if args.fsdp or args.deepspeed:
             raise PlanError("gradual pruning ranks whole weights, which FSDP and DeepSpeed shard; use data parallelism")
         targets = find_targets(model, config.layers)
-        if config.units != "weight":
-            self._groups = _groups(model, targets, config)
+        self._groups = _units(model, targets, config)
+        if self._groups:
             members = {name for units in self._groups for name in (units.reader, *units.writers)}
-            targets = {name: target for name, target in targets.items() if name in members}
+            self.held = frozenset(name for name in targets.keys() - members if _zeros(targets[name]))
+            targets = {name: target for name, target in targets.items() if name in members | self.held}
         if problems := _problems(targets, config):
             raise PlanError(problems)
         if config.lr_cycles:
@@ -136,7 +145,8 @@ class PruningHooks(TrainerCallback, ExportableState):
         if self._pruner is None:
             return
         self._pruner.settle()
-        asked = self.config.final_sparsity
+        self._zero_biases()
+        asked = self._asked()
         if self.sparsity < asked - self._rounding():
             logger.warning(
                 "The trained model has sparsity %.4f, not %.4f: training stopped early, or load_best_model_at_end "
@@ -145,6 +155,13 @@ class PruningHooks(TrainerCallback, ExportableState):
                 self.sparsity,
                 asked,
             )
+
+    @torch.no_grad()
+    def _zero_biases(self) -> None:
+        """A unit that is gone puts out act(0)."""
+        weights = {name: target.weight for name, target in self.targets.items()}
+        biases = {name: target.bias for name, target in self.targets.items()}
+        zero_biases(self._groups, weights, {name: bias for name, bias in biases.items() if bias is not None})
 
     def _begin(self, args: Any, state: Any) -> None:
         """Masks for the step at which training begins."""
@@ -185,36 +202,33 @@ class PruningHooks(TrainerCallback, ExportableState):
         gradients = [target.gradient for target in self.targets.values()]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
 
+    def _asked(self) -> float:
+        """The share of weights that are zero at the end; some of a layer may belong to no unit, and stay."""
+        if not self._groups:
+            return self.config.final_sparsity
+        shapes = {name: (len(T.weight), T.weight.shape[1]) for name, T in self.targets.items()}
+        left = survivors(self._groups, shapes, self.config.sparsity)
+        return 1 - sum(left.values()) / sum(rows * cols for name, (rows, cols) in shapes.items() if name in left)
+
     def _rounding(self) -> float:
         """The share of weights that whole numbers of weights, blocks or units may fall short of the sparsity."""
-        weights = {name: target.weight for name, target in self.targets.items()}
+        weights = {name: target.weight for name, target in self.targets.items() if name not in self.held}
         coarse = sum(unit_size(units, weights) for units in self._groups) or block_of(self.config.pattern) * len(
             weights
         )
         return coarse / sum(W.numel() for W in weights.values())
 
 
-def _groups(model: nn.Module, targets: dict[str, Target], config: Config) -> list[Units]:
-    """Groups of the units to prune: those of which every layer is a target.
-
-    Raises:
-        PlanError: there are none, or all units of a group would go.
-    """
-    found = find_units(model, (config.units,))  # pyright: ignore[reportArgumentType]
-    groups = [units for units in found if all(name in targets for name in (units.reader, *units.writers))]
-    if not groups:
-        raise PlanError(
-            f"prune.gradual: {type(model).__name__} has no {config.units}s whose layers are all among those that "
-            "layers selects; select both the layers that write and the one that reads them, or set units: weight"
-        )
-    if problems := [
-        f"{units.reader}: sparsity {config.sparsity} would remove all of its {len(units)} {units.kind}s; "
-        f"set sparsity below {1 - 0.5 / len(units):.4g}"
-        for units in groups
-        if config.scope == "layer" and round(config.sparsity * len(units)) == len(units)
-    ]:
-        raise PlanError(problems)
-    return groups
+def _units(model: nn.Module, targets: dict[str, Target], config: Config) -> list[Units]:
+    """Groups of the units to prune; fused experts are looked at in a copy that shares the weights."""
+    if config.units == "weight":
+        return []
+    if any(target.expert is not None for target in targets.values()):
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, shared)
+        unfuse(model)
+    together = config.scope == "global"
+    return prunable(find_units(model, (config.units,)), targets, config.units, config.sparsity, together=together)
 
 
 def _problems(targets: dict[str, Target], config: Config) -> list[str]:

@@ -53,6 +53,12 @@ class Target:
         return None if self._stored.grad is None else self.oriented(self._stored.grad)
 
     @property
+    def bias(self) -> Tensor | None:
+        """[rows], a view; None where there is none."""
+        bias = getattr(self.module, "bias" if self.expert is None else f"{self.parameter}_bias", None)
+        return bias if bias is None or self.expert is None else bias.detach()[self.expert]
+
+    @property
     def effective(self) -> Tensor:
         """[rows, cols]: the weight that the layer works with, an adapter's share included."""
         return self.weight if self.adapter is None else merged_weight(self.adapter, self.weight)
