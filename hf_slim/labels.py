@@ -16,7 +16,8 @@ def label_problems(stages: tuple[Stage, ...], data: DataConfig, classifies: bool
         classifies: the model predicts one class for a text.
         new_head: of its head the checkpoint has no weights, so the original predicts at random.
     """
-    problems, read = [], set()
+    problems: list[str] = []
+    read: set[Role] = set()
     for number, stage in enumerate(stages, 1):
         needs = data_needed(stage.method, stage.options)
         roles = [role for role in LABELLED if role in needs]

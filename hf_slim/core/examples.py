@@ -180,4 +180,6 @@ def _examples(found: list[tuple[str, int]], length: int, name: str, tokenizer: A
 
 
 def _tokenize(documents: Iterable[str], tokenizer: Any, length: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(tuple, tokenizer(list(documents), truncation=True, max_length=length)["input_ids"]))
+    ids = tokenizer(list(documents), truncation=True, max_length=length)["input_ids"]
+    tokenizer("")  # a fast tokenizer would keep the limit of the last call, and save it
+    return tuple(map(tuple, ids))

@@ -67,7 +67,7 @@ class ModelSource:
         return {"pretrained_model_name_or_path": str(path or self.name), "revision": self.revision or "main"}
 
     def load_config(self) -> PretrainedConfig:
-        """The model's config, with as many classes as are asked for.
+        """The model's config, with as many classes as are asked for and, for a task, a padding token.
 
         Raises:
             ModelError: it cannot be found or read, or its head is for other classes.
@@ -77,9 +77,16 @@ class ModelSource:
         except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise ModelError(f"model {self.name!r}: cannot read its config: {_first_line(error)}") from error
         check_classes(config, self.task, self.num_labels)
-        if self.num_labels is not None:
-            config.num_labels = self.num_labels
+        for key, value in self._of_task(config).items():
+            setattr(config, key, value)
         return config
+
+    def _of_task(self, config: PretrainedConfig) -> dict[str, Any]:
+        """What a task changes in a config. Decoders look for a text's end before its padding, and many name none."""
+        classes = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        if self.task is None or getattr(config, "pad_token_id", None) is not None:
+            return classes
+        return classes | {"pad_token_id": self.load_tokenizer().pad_token_id}
 
     @property
     def has_new_head(self) -> bool:
@@ -115,8 +122,8 @@ class ModelSource:
         if stored is not None:
             where = self._decoded(config, stored)
         options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-        if self.num_labels is not None and stored is None:
-            options["num_labels"] = self.num_labels
+        if stored is None:
+            options |= {key: getattr(config, key) for key in ("num_labels", "pad_token_id") if self.task is not None}
         try:
             with drawn_by(self.seed):
                 loaded: Any = cls.from_pretrained(**where, dtype=self.dtype, output_loading_info=True, **options)
@@ -172,15 +179,18 @@ class ModelSource:
         return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
 
     def load_tokenizer(self) -> Any:
-        """The model's tokenizer.
+        """The model's tokenizer; for a task, one without a padding token pads with its end-of-sequence token.
 
         Raises:
             ModelError: there is none.
         """
         try:
-            return AutoTokenizer.from_pretrained(**self.where(), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(**self.where(), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model {self.name!r}: cannot load its tokenizer: {_first_line(error)}") from error
+        if self.task is not None and tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     def fingerprint(self) -> str:
         """Changes when the model does: hashes of local files, or the Hub's commit."""

@@ -198,10 +198,10 @@ def test_eval_command(place, capsys):
 
 
 def test_a_step_sees_the_same_however_the_batch_is_cut(tmp_path):
-    """One step of SGD-like size: four texts at once, or two and two."""
-    rows = [{"text": text, "label": label} for text, label in sentences(3, 4)]
+    """Three texts at once, or two and then one: each weighs a third, whichever part it comes in."""
+    rows = [{"text": text, "label": label} for text, label in sentences(3, 3)]
     after = []
-    for batch in ({"batch_size": 4}, {"batch_size": 2, "gradient_accumulation": 2}):
+    for batch in ({"batch_size": 3}, {"batch_size": 2, "gradient_accumulation": 2}):
         model = tiny.bert_classifier()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -212,7 +212,25 @@ def test_a_step_sees_the_same_however_the_batch_is_cut(tmp_path):
     assert torch.allclose(*after, atol=1e-5)
 
 
-def test_original_keeps_its_seed(place):
-    source = ModelSource(place.model, task="sequence-classification", num_labels=3, seed=5)
+@pytest.mark.parametrize("make", [tiny.bert, tiny.llama, tiny.gpt2])
+def test_any_checkpoint_becomes_a_classifier(tmp_path, make):
+    source = ModelSource(tiny.save(make(), tmp_path), task="sequence-classification", num_labels=3, seed=5)
     assert source.has_new_head
-    assert source.load().config.num_labels == source.skeleton().config.num_labels == 3
+    model = source.load()
+    assert type(model) is type(source.skeleton())
+    assert model.config.num_labels == source.skeleton().config.num_labels == 3
+    rows = [{"text": text, "label": label} for text, label in sentences(1, 8)]
+    training = {"steps": 2, "batch_size": 4}
+    report = compress(model, "prune.gradual", training=training, data=rows, tokenizer=source.load_tokenizer())
+    assert report.metrics["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_trimmed_tokens_and_neurons(place):
+    vocabulary = f"  calibration: {{source: {place.folder / 'train.tsv'}, column: sentence, samples: 20, length: 16}}"
+    training = "{alpha: 0.5, teacher: previous, steps: 4, batch_size: 8}"
+    trim = f"prune.apoz: {{share: 0.25, training: {training}}}"
+    text = place.yaml(LEARN, "prune.vocabulary", trim, MEASURE).replace("data:", f"data:\n{vocabulary}", 1)
+    report = run_recipe(Recipe.from_yaml(text), place.out)
+    assert report.stages[1].metrics["tokens"] < tiny.VOCABULARY
+    assert report.stages[2].metrics["rounds"][0]["training"]["texts"] == 32
+    assert report.stages[3].metrics["after"]["accuracy"] > 0.9
