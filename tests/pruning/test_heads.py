@@ -79,8 +79,10 @@ def test_global_counts_take_the_cheapest_and_leave_one_a_layer() -> None:
         heads.global_counts(orders, 7)
 
 
-@pytest.mark.parametrize("name", [name for name in architectures.KINDS if name != "T5"])
-@pytest.mark.parametrize("score", ["output", "activation"])
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [("Llama", "activation"), *((n, "output") for n in ("Llama", "GPT-2", "Falcon", "Phi-3", "Gemma 3", "BERT"))],
+)
 def test_without_refit_removal_is_setting_to_zero(name: str, score: str) -> None:
     model = architectures.make(name)
     zeroed, units = copy.deepcopy(model), find_units(model, ("head",))
@@ -132,6 +134,21 @@ def test_refit_beats_no_refit() -> None:
         report = hf_slim.compress(model, "prune.heads", data=tiny.ids(16, 16), share=0.5, refit=refit)
         errors[refit] = sum(row.metrics["output_error"] for row in report.layers if row.metrics)
     assert errors[True] < 0.9 * errors[False]
+
+
+def test_refit_to_few_tokens_does_no_harm_on_others(monkeypatch) -> None:
+    """24 tokens for 48 columns: a refit at a small ridge fits them exactly, and is worse than none for all others."""
+    model, others, errors = tiny.gpt2(), tiny.ids(8, 12, seed=77), {}
+    for how in ("chosen", "none", "small"):
+        if how == "small":
+            monkeypatch.setattr(heads, "choose_ridge", lambda *_: 1e-6)
+        pruned = copy.deepcopy(model)
+        hf_slim.compress(pruned, "prune.heads", data=tiny.ids(2, 12, seed=5), share=0.5, refit=how != "none")
+        with torch.no_grad():
+            wanted = run_on(model, others).logits
+            errors[how] = float((run_on(pruned.eval(), others).logits - wanted).norm() / wanted.norm())
+    assert errors["small"] > 1.2 * errors["none"]
+    assert errors["chosen"] < 1.05 * errors["none"]
 
 
 def test_a_global_ranking_keeps_the_total_and_a_head_everywhere() -> None:
