@@ -120,7 +120,7 @@ def put_layer(
         cols=layer.cols,
         encoding=encoding.describe(),
         bytes_before=before,
-        bytes=sum(t.nbytes for t in tensors.values()),
+        bytes=encoding.nbytes(layer.rows, layer.cols, layer.dtype),  # the model may be in another dtype for the moment
         error=relative_error(W, encoding.decode(tensors, layer.rows, layer.cols)),
         metrics=metrics or {},
         notes=list(notes),

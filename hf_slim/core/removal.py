@@ -43,21 +43,24 @@ class Removal:
 
 
 @torch.no_grad()
-def carry_out(model: nn.Module, removal: Removal) -> list[LayerReport]:
+def carry_out(model: nn.Module, removal: Removal, dtype: torch.dtype | None = None) -> list[LayerReport]:
     """Make the layers smaller, in place.
+
+    Args:
+        dtype: that weights are stored in, where the model is in another for the moment; bytes are counted in it.
 
     Returns:
         A row for every layer that changed, with its new shape. Its error counts what was removed as zero.
     """
     names = [*removal.units.writers, removal.units.reader]
-    before = {name: (get_weight(m).clone(), _nbytes(m)) for name in names for m in [model.get_submodule(name)]}
+    before = {name: (get_weight(m).clone(), _nbytes(m, dtype)) for name in names for m in [model.get_submodule(name)]}
     remove_units(model, removal.units, removal.keep)
     reader = model.get_submodule(removal.units.reader)
     if removal.weight is not None:
         get_weight(reader).copy_(removal.weight)
     if removal.bias is not None:
         reader.bias.copy_(removal.bias)  # pyright: ignore
-    return [_report(name, model.get_submodule(name), *before[name], removal) for name in names]
+    return [_report(name, model.get_submodule(name), *before[name], removal, dtype) for name in names]
 
 
 def to_tensors(removals: Sequence[Removal]) -> dict[str, Tensor]:
@@ -84,7 +87,9 @@ def from_tensors(kept: Mapping[str, Tensor], units: Mapping[str, Units]) -> list
     return [Removal(units[reader], **values) for reader, values in found.items()]  # pyright: ignore
 
 
-def _report(name: str, module: nn.Module, W: Tensor, nbytes: int, removal: Removal) -> LayerReport:
+def _report(
+    name: str, module: nn.Module, W: Tensor, nbytes: int, removal: Removal, dtype: torch.dtype | None
+) -> LayerReport:
     left, reader = get_weight(module), name == removal.units.reader
     stays = torch.ones_like(W, dtype=torch.bool)
     if reader:
@@ -97,14 +102,15 @@ def _report(name: str, module: nn.Module, W: Tensor, nbytes: int, removal: Remov
         cols=left.shape[1],
         encoding=module.encoding.describe() if isinstance(module, EncodedModule) else "dense",
         bytes_before=nbytes,
-        bytes=_nbytes(module),
+        bytes=_nbytes(module, dtype),
         error=relative_error(W, torch.zeros_like(W).masked_scatter_(stays, left.to(W.dtype))),
         metrics=removal.metrics if reader else {},
         notes=list(removal.notes) if reader else [],
     )
 
 
-def _nbytes(module: nn.Module) -> int:
+def _nbytes(module: nn.Module, dtype: torch.dtype | None) -> int:
     if isinstance(module, EncodedModule):
-        return sum(tensor.nbytes for tensor in module.tensors().values())
-    return get_weight(module).nbytes
+        return module.encoding.nbytes(module.rows, module.cols, dtype or module.compute_dtype)
+    W = get_weight(module)
+    return W.numel() * (dtype or W.dtype).itemsize

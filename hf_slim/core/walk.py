@@ -254,7 +254,7 @@ class _Replacing:
         for name, found in solutions.items():
             if isinstance(found, Removal):
                 removals.append(found)
-                rows += carry_out(self.model, found)
+                rows += carry_out(self.model, found, self.layers[name].dtype)
                 continue
             encoded[name] = found.encoded
             layer = self.layers[name]

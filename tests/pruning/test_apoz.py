@@ -273,6 +273,13 @@ def test_training_between_rounds_is_asked_for_and_done():
     assert {row.bytes_before for row in report.layers} == {72 * 40 * 4}
 
 
+def test_bytes_are_those_of_the_models_dtype_whatever_it_was_computed_in():
+    model = tiny.llama().to(torch.bfloat16)
+    for row in trim(model, share=0.25).layers:
+        assert row.bytes == model.get_submodule(row.name).weight.nbytes
+        assert row.bytes_before == 72 * 40 * 2
+
+
 def test_codes_cannot_be_trimmed():
     model = tiny.llama()
     hf_slim.compress(model, "quantize.rtn", bits=8)

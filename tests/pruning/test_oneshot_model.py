@@ -164,3 +164,12 @@ def test_artifact_computes_the_same_after_reload(tmp_path, method, dtype):
     again = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
     assert torch.equal(logits(again), logits(model))
     assert stored_bytes(again) == stored_bytes(model)
+
+
+def test_bytes_are_those_of_the_models_dtype_whatever_it_was_computed_in():
+    model = tiny.llama().to(torch.bfloat16)
+    report = compress(model, "prune.sparsegpt", data=IDS)
+    for row in report.layers:
+        stored = model.get_submodule(row.name).tensors().values()
+        assert row.bytes == sum(tensor.nbytes for tensor in stored)
+        assert row.bytes_before == row.rows * row.cols * 2
