@@ -83,7 +83,7 @@ def test_report_holds_what_was_asked_foreseen_and_measured(tmp_path):
     assert all(stage.peak_memory > 50 << 20 for stage in report.stages)
     assert pruned.metrics["sparsity"] == pytest.approx(0.5)
     assert len(pruned.layers) == len(quantized.layers) == 14
-    windows = running._windows(recipe, "held_out", tiny.tokenizer()).ids
+    windows = running._read(recipe, "held_out", tiny.tokenizer()).ids
     for when, folder in (("before", place.model), ("after", place.out)):
         expected = perplexity(ModelSource(str(folder)).load(), windows).perplexity
         assert evaluated.metrics[when]["perplexity"] == pytest.approx(expected, rel=1e-5)
