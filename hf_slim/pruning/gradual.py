@@ -21,6 +21,10 @@ The callback works in any `Trainer`: ours, a plain one, or another subclass such
 
 Experts in fused weights are pruned where they lie. Under LoRA adapters the merged weight is ranked (`adapters`).
 
+The hooks pass over weights and gradients once or twice a step, at the speed of memory, whatever the batch. Of a step
+of 256 tokens (Llama, 10 blocks of width 576, float32, AdamW, one thread: 1.28 s) they take 3.3 % with magnitudes, 5.6 %
+with movement, 6.3 % with Taylor scores and 7.6 % with a shadow. Taking new masks takes half a step, with scores one.
+
 Where we differ from the paper: n:m patterns drop one more weight of every group whenever the curve passes the next
 multiple of 1/m; ranking over all layers together is a choice. The Trainer clips gradients before the first of these
 hooks, so the norm that it clips by still includes the gradients of pruned weights.

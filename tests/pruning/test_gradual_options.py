@@ -22,10 +22,12 @@ from hf_slim.core.experts import unfused
 from hf_slim.core.forward import run_on
 from hf_slim.core.select import find_layers
 from hf_slim.core.swap import get_keep
-from hf_slim.core.units import find_units
+from hf_slim.core.units import Units, find_units
 from hf_slim.pruning import gradual
 from hf_slim.pruning.checkpoint import FILE
 from hf_slim.pruning.gradual import GradualMagnitudePruning
+from hf_slim.pruning.groups import unit_scores
+from hf_slim.pruning.shadow import uncover
 
 HERE = Path(__file__).parent
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
@@ -171,6 +173,24 @@ def test_decay_pulls_what_is_pruned_towards_zero(tmp_path):
         pruner = callback._pruner
         norms.append(sum(float((D * ~pruner.keep[name]).norm()) for name, D in pruner.dense.items()))
     assert norms[1] < 0.6 * norms[0]
+
+
+def test_only_pruned_weights_decay():
+    """By hand: the gradient gets decay times D where D is masked, and W becomes D."""
+    D, keep = torch.tensor([[1.0, -2.0, 4.0]]), torch.tensor([[True, False, False]])
+    W, g = D * keep, torch.ones(1, 3)
+    uncover(W, g, D, None, decay=0.5)
+    assert g.tolist() == [[1.0, 0.0, 3.0]]
+    assert torch.equal(W, D)
+
+
+def test_a_units_score_counts_what_writes_it_and_what_reads_it():
+    columns, rows = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 1], [2, 3]])
+    units = Units("head", "", "reader", columns, {"writer": rows})
+    scores = {"reader": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "writer": torch.tensor([[30.0], [20.0], [10.0], [5.0]])}
+    assert unit_scores(units, scores).tolist() == [53.0, 22.0]
+    scores["writer"][2:], scores["reader"][0, 2] = -torch.inf, -torch.inf
+    assert unit_scores(units, scores).tolist() == [53.0, 4.0]
 
 
 def test_zeros_from_before_stay_zero_in_the_shadow(tmp_path):
