@@ -61,7 +61,7 @@ def solve_block(
         name, statistics = f"{block.name}.{short}", known[f"{block.name}.{short}"]
         if statistics is not None and short in folded.columns:
             hessian = scaled_hessian(statistics.hessian, folded.columns[short])
-            statistics = dataclasses.replace(statistics, hessian=hessian, guided=None)
+            statistics = dataclasses.replace(statistics, sums=hessian, guided=None)
         scaled[name] = encode(name, W, statistics, masks[name])
     before, after = judge(block, [(plain, {}), (scaled, folded.dense)])
     if not after < before:
