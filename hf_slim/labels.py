@@ -20,8 +20,8 @@ def label_problems(stages: tuple[Stage, ...], data: DataConfig, classifies: bool
     read: set[Role] = set()
     for number, stage in enumerate(stages, 1):
         needs = data_needed(stage.method, stage.options)
-        roles = [role for role in LABELLED if role in needs]
-        read |= {*roles}
+        roles: list[Role] = [role for role in LABELLED if role in needs]
+        read.update(roles)
         problems += [
             f"stage {number}, {stage.method}, needs texts with classes, and data.{role} has none; "
             "give it label: and the name of their column"

@@ -83,7 +83,7 @@ class ModelSource:
 
     def _of_task(self, config: PretrainedConfig) -> dict[str, Any]:
         """What a task changes in a config. Decoders look for a text's end before its padding, and many name none."""
-        classes = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        classes: dict[str, Any] = {} if self.num_labels is None else {"num_labels": self.num_labels}
         if self.task is None or getattr(config, "pad_token_id", None) is not None:
             return classes
         return classes | {"pad_token_id": self.load_tokenizer().pad_token_id}
