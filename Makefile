@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL = $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 PYTEST_ARGS ?= -q -n auto --maxprocesses 4 --dist worksteal
+# Tests that run whole models. Shapes are checked at every call in all others, which takes a third of their time.
+WHOLE := $(addprefix tests/,cli contract core errors export integration recipes run scripts test_readme.py)
+UNCHECKED := -o addopts="--strict-markers --strict-config --import-mode=importlib"
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -20,7 +23,8 @@ demo: $(STAMP)
 
 # One thread a process: tiny models gain nothing from more, and processes that compete for cores lose a factor of ten.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(addprefix --ignore=,$(WHOLE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(UNCHECKED) $(WHOLE)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
