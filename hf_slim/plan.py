@@ -216,8 +216,9 @@ _LOSSES = {
 
 
 def _makes(stage: Stage) -> tuple[str, ...]:
-    during = getattr(stage.options, "during", ())
-    return find_method(stage.method).RULES.makes + tuple(what for inner in during for what in _makes(inner))
+    method, during = find_method(stage.method), getattr(stage.options, "during", ())
+    own = method.makes(stage.options) if hasattr(method, "makes") else method.RULES.makes
+    return own + tuple(what for inner in during for what in _makes(inner))
 
 
 def _memory(stage: Stage, layers: dict[str, Layer], other: int) -> int:

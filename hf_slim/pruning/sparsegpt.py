@@ -141,6 +141,11 @@ def _as_it_is(w: Tensor, column: int) -> tuple[Tensor, Tensor]:
     return torch.zeros((), dtype=torch.uint8, device=w.device), w
 
 
+def makes(config: Config) -> tuple[str, ...]:
+    """What weights have after it, with these options."""
+    return RULES.makes if config.bits is None else (*RULES.makes, "codes")
+
+
 def encoding(layer: Layer, config: Config) -> Encoding:
     """Mask and survivors, or their codes. A measured budget moves survivors between layers."""
     plain = oneshot.encoding(layer, config)

@@ -10,8 +10,10 @@ import torch
 from hf_slim import compress
 from hf_slim.core.errors import DataError, PlanError
 from hf_slim.core.size import stored_bytes
+from hf_slim.core.stage import make_stage
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Affine, Sparse
+from hf_slim.plan import order_problems
 
 METHODS = ["prune.wanda", "prune.sparsegpt", "prune.alps"]
 SOLVERS = METHODS[1:]
@@ -173,3 +175,10 @@ def test_bytes_are_those_of_the_models_dtype_whatever_it_was_computed_in():
         stored = model.get_submodule(row.name).tensors().values()
         assert row.bytes == sum(tensor.nbytes for tensor in stored)
         assert row.bytes_before == row.rows * row.cols * 2
+
+
+def test_rounded_survivors_are_codes_for_the_stages_that_follow():
+    train = make_stage("distill.logits")
+    assert order_problems((make_stage("prune.sparsegpt"), train)) == []
+    (problem,) = order_problems((make_stage("prune.sparsegpt", {"bits": 4}), train))
+    assert "distill.logits, cannot follow stage 1, prune.sparsegpt" in problem
