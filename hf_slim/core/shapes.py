@@ -166,7 +166,7 @@ def shape_problems(layers: Iterable[Layer], model: PreTrainedModel, what: str) -
 
 
 def _kind(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)  # blocks and experts; fc1 and fc2 are two kinds
 
 
 def keep_blocks(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -> None:

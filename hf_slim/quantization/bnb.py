@@ -24,6 +24,7 @@ from hf_slim.core.layers import check_weights, relative_error, targets
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
+from hf_slim.core.shapes import shape_problems
 from hf_slim.core.swap import get_weight
 from hf_slim.integration import bitsandbytes as bnb
 from hf_slim.methods import find_method
@@ -52,7 +53,7 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
     """The layers that will be bitsandbytes modules, as they will be stored.
 
     Raises:
-        PlanError: bitsandbytes is missing, the model holds encoded layers, or experts are chosen.
+        PlanError: bitsandbytes is missing, the model holds encoded layers or uneven shapes, or experts are chosen.
     """
     bnb.check_installed()
     chosen = targets(layers, find_method("quantize.bnb"), config)
@@ -67,6 +68,7 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
         for layer in chosen
         if layer.routed
     ]
+    problems += shape_problems(layers.values(), model, "bitsandbytes")
     if problems:
         raise PlanError(problems)
     stored = bnb.BnbEncoding(format=config.format, double_quant=config.double_quant)
@@ -76,7 +78,7 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Quantize the chosen layers of a model; it is a bitsandbytes model afterwards."""
     layers = find_layers(model)
-    planned = plan(layers, config)
+    planned = plan(layers, config, model)
     bnb.check_modules({name: model.get_submodule(name) for name in planned})
     check_weights(model, [layers[name] for name in planned])
     before = {name: get_weight(model.get_submodule(name)) for name in planned}

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_slim
 from hf_slim.core.errors import PlanError, RecipeError
+from hf_slim.core.reshape import cut_layer
 from hf_slim.core.select import find_layers
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.stage import make_stage
@@ -75,7 +76,7 @@ def test_bytes_are_counted_from_storage_and_planned_within_a_description(options
 def find_method_plan(model, options):
     from hf_slim.quantization import bnb as method
 
-    return method.plan(find_layers(model), method.Config(**options))
+    return method.plan(find_layers(model), method.Config(**options), model)
 
 
 def test_a_model_with_encoded_layers_is_refused_before_anything_changes():
@@ -84,6 +85,17 @@ def test_a_model_with_encoded_layers_is_refused_before_anything_changes():
     before = logits(model)
     with pytest.raises(PlanError, match=r"down_proj is already stored as 4-bit g8; .* leave the earlier stage out"):
         hf_slim.compress(model, "quantize.bnb", layers={"include": ["up_proj"]})
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_of_uneven_widths_is_refused_before_anything_changes():
+    model = tiny.llama()
+    for name, rows, cols in (("gate_proj", True, False), ("up_proj", True, False), ("down_proj", False, True)):
+        kept = torch.arange(16)
+        cut_layer(model, f"model.layers.0.mlp.{name}", kept if rows else None, kept if cols else None)
+    before = logits(model)
+    with pytest.raises(PlanError, match="bitsandbytes has one shape for all"):
+        hf_slim.compress(model, "quantize.bnb")
     assert torch.equal(logits(model), before)
 
 
