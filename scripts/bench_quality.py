@@ -51,6 +51,13 @@ TRIALS: dict[str, Stages] = {
     "blockwise-3": [("quantize.blockwise", {"bits": 3, **G})],
     "gptq-2": [("quantize.gptq", {"bits": 2, **G})],
     "blockwise-2": [("quantize.blockwise", {"bits": 2, **G})],
+    "wanda-50": [("prune.wanda", {})],
+    "sparsegpt-50": [("prune.sparsegpt", {})],
+    "alps-50": [("prune.alps", {})],
+    "sparsegpt-2:4": [("prune.sparsegpt", {"pattern": "2:4"})],
+    "alps-2:4": [("prune.alps", {"pattern": "2:4"})],
+    "sparsegpt-70": [("prune.sparsegpt", {"sparsity": 0.7})],
+    "alps-70": [("prune.alps", {"sparsity": 0.7})],
 }
 
 
