@@ -7,6 +7,7 @@ everything that is wrong at once instead of one thing a run.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -25,9 +26,8 @@ class SlimError(Exception):
         return type(self), (self.problems,)
 
     def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return self.problems[0]
-        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        lines = _merged(self.problems)
+        return lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"  - {p}" for p in lines)
 
 
 class RecipeError(SlimError):
@@ -52,6 +52,17 @@ class ArtifactError(SlimError):
 
 class ResumeError(SlimError):
     """An unfinished run in the output folder was made from other inputs than this one."""
+
+
+def _merged(problems: Sequence[str]) -> list[str]:
+    """The problems, those that differ only in the numbers of blocks said once: a model may have hundreds of layers."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem), []).append(problem)
+    return [
+        first if not more else f"{first} (and {len(more)} more like it, in other blocks)"
+        for first, *more in alike.values()
+    ]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -410,3 +410,16 @@ def test_other_errors_keep_their_traceback(place, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(ZeroDivisionError):
         run_recipe(place.recipe(PRUNE), place.out)
+
+
+def test_what_is_wrong_with_every_block_is_said_once():
+    model = tiny.llama()
+    with pytest.raises(PlanError) as caught:
+        compress(model, "prune.magnitude", pattern="5:7")
+    names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    assert len(caught.value.problems) == len(names)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "7 problems:"
+    assert len(lines) == 8
+    assert "layers.0.self_attn.q_proj" in lines[1]
+    assert lines[1].endswith(f"(and {len(names) // 7 - 1} more like it, in other blocks)")
