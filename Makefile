@@ -15,6 +15,8 @@ WHOLE := $(addprefix tests/,cli contract core errors export integration recipes 
 UNCHECKED := -o addopts="--strict-markers --strict-config --import-mode=importlib"
 
 export TOKENIZERS_PARALLELISM := false
+# Bytecode is kept, whatever the shell says: tests start many processes, and each would compile Transformers again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test check venv clean
 
