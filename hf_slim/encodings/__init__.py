@@ -11,11 +11,17 @@ from hf_slim.core.explain import explain
 from hf_slim.encodings.affine import Affine
 from hf_slim.encodings.base import Encoding, TensorSpec
 from hf_slim.encodings.codebook import Codebook
+from hf_slim.encodings.hashed import Hashed
 from hf_slim.encodings.sparse import Sparse
 
-KINDS: dict[str, type[Encoding]] = {"affine": Affine, "codebook": Codebook, "sparse": Sparse}
+KINDS: dict[str, type[Encoding]] = {
+    "affine": Affine,
+    "codebook": Codebook,
+    "hashed": Hashed,
+    "sparse": Sparse,
+}
 
-__all__ = ["KINDS", "Affine", "Codebook", "Encoding", "Sparse", "TensorSpec", "read_encoding"]
+__all__ = ["KINDS", "Affine", "Codebook", "Encoding", "Hashed", "Sparse", "TensorSpec", "read_encoding"]
 
 
 def read_encoding(description: dict[str, Any]) -> Encoding:

@@ -245,8 +245,8 @@ class EncodedModule(nn.Module):
         return None if self._trains() else self._cache
 
     def _versions(self) -> list[int]:
-        trainable = [getattr(self, name) for name in self.encoding.trainable]
-        return [0 if tensor.is_inference() else tensor._version for tensor in trainable]
+        trainable = [self._parameters.get(name) for name in self.encoding.trainable]
+        return [0 if tensor.is_inference() else tensor._version for tensor in trainable if tensor is not None]
 
     @property
     def weight(self) -> Tensor:
