@@ -12,16 +12,18 @@ from hf_slim.encodings.affine import Affine
 from hf_slim.encodings.base import Encoding, TensorSpec
 from hf_slim.encodings.codebook import Codebook
 from hf_slim.encodings.hashed import Hashed
+from hf_slim.encodings.low_rank import LowRank
 from hf_slim.encodings.sparse import Sparse
 
 KINDS: dict[str, type[Encoding]] = {
     "affine": Affine,
     "codebook": Codebook,
     "hashed": Hashed,
+    "low_rank": LowRank,
     "sparse": Sparse,
 }
 
-__all__ = ["KINDS", "Affine", "Codebook", "Encoding", "Hashed", "Sparse", "TensorSpec", "read_encoding"]
+__all__ = ["KINDS", "Affine", "Codebook", "Encoding", "Hashed", "LowRank", "Sparse", "TensorSpec", "read_encoding"]
 
 
 def read_encoding(description: dict[str, Any]) -> Encoding:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from torch.nn import functional as F
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -58,6 +59,16 @@ class Encoding(BaseModel, ABC):
     def runs(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Iterator[tuple[slice, Tensor]]:
         """The weight in runs of rows, each with its place: all at once where rows are not stored apart."""
         yield slice(0, rows), self.decode(tensors, rows, cols)
+
+    def multiplies(self, tokens: int, rows: int, cols: int) -> bool:
+        """Whether `multiply` is cheaper for so many tokens than to decode the weight."""
+        return False
+
+    def multiply(
+        self, x: Float[Tensor, "*tokens cols"], tensors: dict[str, Tensor], rows: int, cols: int, bias: Tensor | None
+    ) -> Float[Tensor, "*tokens rows"]:
+        """x Wᵀ + b in the dtype of x, from the stored tensors."""
+        return F.linear(x, self.decode(tensors, rows, cols).to(x.dtype), bias)
 
     def nbytes(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         """Bytes stored for a weight [rows, cols], everything counted."""

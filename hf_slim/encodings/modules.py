@@ -136,9 +136,15 @@ class EncodedModule(nn.Module):
         for a few rows; for many, with runs of decoded rows, in a dtype that the processor is fast in. Numbers may be
         rounded to `precision`.
         """
-        if torch.is_autocast_enabled(x.device.type) or (
+        plainly = torch.is_autocast_enabled(x.device.type) or (
             torch.is_grad_enabled() and (x.requires_grad or self._trains())
-        ):
+        )
+        if self.encoding.multiplies(x.numel() // self.cols, self.rows, self.cols) and self._kept(precision) is None:
+            dtype = x.dtype if plainly else fast_dtype(precision, x.device)
+            b = None if bias is None else bias.to(dtype)
+            y = self.encoding.multiply(x.to(dtype), self.tensors(), self.rows, self.cols, b)
+            return y if plainly else y.to(x.dtype)
+        if plainly:
             return F.linear(x, self.decoded(x.dtype), bias)
         flat = x.reshape(-1, self.cols)
         kept = self._kept(precision)
