@@ -251,7 +251,18 @@ def _notes(plans: list[StagePlan], stages: tuple[Stage, ...]) -> list[str]:
     compressing = [i for i, s in enumerate(stages) if changes_model(s.method)]
     if any(s.method.startswith("evaluate.") for s in stages[: compressing[-1] if compressing else 0]):
         notes.append("an evaluate stage stands before the last compressing stage: it does not measure the final model")
-    return notes
+    return notes + _untrained(stages)
+
+
+def _untrained(stages: tuple[Stage, ...]) -> list[str]:
+    """Stages whose result has to be trained, and is not."""
+    return [
+        f"stage {number}, {stage.method}, leaves a model that is of no use until it is trained, and no stage after it "
+        "does that: put distill.logits after it, or train the artifact yourself"
+        for number, stage in enumerate(stages, 1)
+        if find_method(stage.method).RULES.wants_training
+        and not any("train" in data_needed(later.method, later.options) for later in stages[number:])
+    ]
 
 
 def _odd_groups(layers: Iterable[Layer]) -> list[str]:

@@ -31,16 +31,17 @@ class MethodConfig(BaseModel):
     """Options of a method: closed (an unknown key is an error) and frozen.
 
     `layers: {"*.down_proj": {bits: 8}, first: {bits: 8}}` gives some layers options of their own, of those that the
-    class names in `per_layer`.
+    class names in `per_layer`. Of the options in `one_of` one alone may be given; a layer's own takes its place.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     per_layer: ClassVar[tuple[str, ...]] = ()
+    one_of: ClassVar[tuple[str, ...]] = ()
 
     def at(self: C, layer: Layer) -> C:
         """The options as they hold for one layer."""
         options = self._overrides_for(layer)
-        return type(self).model_validate(self._common() | options) if options else self
+        return type(self).model_validate(self._with(options)) if options else self
 
     @model_validator(mode="after")
     def _check_overrides(self: C) -> C:
@@ -54,7 +55,7 @@ class MethodConfig(BaseModel):
             raise ValueError(f"layers: {', '.join(fixed)} cannot differ from layer to layer; what can: {can}")
         adapter = TypeAdapter(GenericAlias(dict, (str, type(self))))
         try:
-            adapter.validate_python({pattern: self._common() | options for pattern, options in overrides.items()})
+            adapter.validate_python({pattern: self._with(options) for pattern, options in overrides.items()})
         except ValidationError as error:
             raise InnerError(("layers",), type(self), error) from None
         return self
@@ -63,9 +64,10 @@ class MethodConfig(BaseModel):
         layers: Any = getattr(self, "layers", None)
         return {} if layers is None else layers.options_of(layer)
 
-    def _common(self) -> dict[str, Any]:
-        """The options that hold for all layers, as they were given."""
-        return {key: getattr(self, key) for key in self.model_fields_set if key != "layers"}
+    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that hold for all layers, as they were given, and those of one layer."""
+        replaced = {"layers", *(self.one_of if not options.keys().isdisjoint(self.one_of) else ())}
+        return {key: getattr(self, key) for key in self.model_fields_set if key not in replaced} | options
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ class Rules:
         makes: properties that the weights have after it ("zeros": pruned weights; "codes": stored as integers).
         preserves: properties made by an earlier stage that survive it. What is not listed is undone, and the planner
             refuses such an order.
+        wants_training: what it leaves is of use only once it has been trained; the planner says so where nothing does.
         paper: short reference for tables, "Authors year, arXiv:number".
     """
 
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     preserves: tuple[str, ...] = ()
+    wants_training: bool = False
     paper: str = ""
