@@ -21,7 +21,7 @@ the lowest. Products are taken of 16 bits at a time: no int64 overflows, so ever
 share one seed, where the paper draws hashes anew for each: descriptions in `config.json` stay few, and so do draws that
 could go wrong; values are each layer's own.
 
-Stored bits a weight are those of the model's dtype times buckets * block / (rows * cols). Some rows of a table of tokens
+Stored bits a weight are those of the dtype times buckets * block / (rows * cols). Some rows of a table of tokens
 can be kept exact, beside their ids; their chunks have no place in the buckets then.
 
 The gradient of a stored value is the signed sum over its members (equation 12). Divided by their number ("mean") it is
@@ -82,25 +82,6 @@ class Hashed(Encoding):
         h = hash_places(rows, self.chunks(cols), self.seed)
         return h * self.buckets >> 32, 1 - 2 * (h & 1)
 
-    def fit(self, W: Float[Tensor, "rows cols"], exact_ids: Int[Tensor, " exact"] | None = None) -> dict[str, Tensor]:
-        """Stored tensors of least squared error: a stored value is the mean of its members, signs undone.
-
-        Args:
-            W: the weight.
-            exact_ids: the rows to keep as they are, ascending; as many as the description says.
-        """
-        total = torch.zeros(self.buckets, self.block, device=W.device)
-        hashed = _all_but(exact_ids, len(W), W.device)
-        for run in row_runs(*W.shape):
-            rows = hashed[(hashed >= run.start) & (hashed < run.stop)]
-            bucket, sign = self.places(rows, W.shape[1])
-            signed = self._cut(W[rows].float()) * sign[..., None]
-            total.index_add_(0, bucket.flatten(), signed.flatten(0, 1))
-        tensors = {"buckets": (total / self.members(*W.shape, exact_ids, W.device).clamp(min=1)).to(W.dtype)}
-        if exact_ids is not None:
-            tensors |= {"exact": W[exact_ids].clone(), "exact_ids": exact_ids.to(torch.int32)}
-        return tensors
-
     def members(
         self,
         rows: int,
@@ -109,7 +90,7 @@ class Hashed(Encoding):
         device: torch.device | str = "cpu",
     ) -> Int[Tensor, "buckets block"]:
         """How many weights each stored value stands for."""
-        bucket, _ = self.places(_all_but(exact_ids, rows, torch.device(device)), cols)
+        bucket, _ = self.places(all_but(exact_ids, rows, torch.device(device)), cols)
         whole, last = (torch.bincount(b.flatten(), minlength=self.buckets) for b in (bucket, bucket[:, -1]))
         beyond = torch.arange(self.block, device=device) >= self.block - -cols % self.block
         return whole[:, None] - last[:, None] * beyond
@@ -120,8 +101,8 @@ class Hashed(Encoding):
     def take(self, tensors: dict[str, Tensor], ids: Int[Tensor, " n"], rows: int, cols: int) -> Float[Tensor, "n cols"]:
         buckets = tensors["buckets"]
         if self.gradient == "mean" and torch.is_grad_enabled() and buckets.requires_grad:
-            members = self.members(rows, cols, tensors.get("exact_ids"), buckets.device).clamp(min=1)
-            buckets = _DividedGradient.apply(buckets, members)
+            members = self.members(rows, cols, tensors.get("exact_ids"), buckets.device)
+            buckets = _DividedGradient.apply(buckets, members.clamp(min=1))
         bucket, sign = self.places(ids, cols)
         # Its backward pass sums in a fixed order on every device, as those of indexing need not.
         W = (F.embedding(bucket.int(), buckets) * sign[..., None].to(buckets.dtype)).flatten(1)[:, :cols]
@@ -135,10 +116,6 @@ class Hashed(Encoding):
     def describe(self) -> str:
         exact = f", {self.exact} rows exact" if self.exact else ""
         return f"hashed to {self.buckets * self.block} values{exact}"
-
-    def _cut(self, rows: Float[Tensor, "n cols"]) -> Float[Tensor, "n chunks block"]:
-        """Rows in chunks, the last one filled up with zeros."""
-        return F.pad(rows, (0, -rows.shape[1] % self.block)).unflatten(1, (-1, self.block))
 
     def _with_exact(
         self, W: Float[Tensor, "n cols"], tensors: dict[str, Tensor], ids: Int[Tensor, " n"]
@@ -161,7 +138,7 @@ class _DividedGradient(torch.autograd.Function):
         return gradient / ctx.saved_tensors[0], None
 
 
-def _all_but(ids: Int[Tensor, " exact"] | None, rows: int, device: torch.device) -> Int[Tensor, " n"]:
+def all_but(ids: Int[Tensor, " exact"] | None, rows: int, device: torch.device) -> Int[Tensor, " n"]:
     """Numbers of the rows that are hashed."""
     hashed = torch.ones(rows, dtype=torch.bool, device=device)
     if ids is not None:

@@ -1,3 +1,3 @@
 """Parameter sharing: many weights, few distinct values."""
 
-METHODS = ("kmeans",)
+METHODS = ("kmeans", "hashed")
