@@ -9,15 +9,21 @@ from hf_slim.encodings.modules import EncodedModule
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of everything that is saved, a shared tensor once. Works on the meta device too."""
-    return sum(tensor.nbytes for tensor in _saved(model))
+    return sum(tensor.nbytes for tensor in _saved(model).values())
 
 
 def count_weights(model: nn.Module) -> int:
     """Weights of the dense model: an encoded layer counts rows x cols, a shared weight once."""
-    encoded = [m for m in model.modules() if isinstance(m, EncodedModule)]
-    inside = {id(t) for m in encoded for t in m.tensors().values()}
-    return sum(m.rows * m.cols for m in encoded) + sum(t.numel() for t in _saved(model) if id(t) not in inside)
+    encoded = {name: m for name, m in model.named_modules() if isinstance(m, EncodedModule)}
+    inside = {f"{name}.{key}" for name, module in encoded.items() for key in module.tensors()}
+    others = sum(tensor.numel() for name, tensor in _saved(model).items() if name not in inside)
+    return sum(m.rows * m.cols for m in encoded.values()) + others
 
 
-def _saved(model: nn.Module) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors by name, a shared one by its first."""
+    first: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}

@@ -8,64 +8,28 @@ treat them as such; `.weight` decodes on demand and is no parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_slim.core.arithmetic import fast_dtype
-from hf_slim.core.errors import SlimError
 from hf_slim.encodings.activations import quantize_tokens
 from hf_slim.encodings.affine import row_runs
 from hf_slim.encodings.base import Encoding
+from hf_slim.encodings.decoded import DecodedWeight
 from hf_slim.encodings.kernels import FEW_ROWS, Packed, PackedCodes, kernel_for
-
-
-class DecodedWeight(Tensor):
-    """What `.weight` of an encoded layer returns: a copy that says so when somebody writes to it.
-
-    PEFT's merge assigns `layer.weight.data`, initializers fill in place; on a decoded copy that would be lost without
-    a word. What is computed from it is a plain tensor.
-    """
-
-    _is_hf_initialized = True  # Transformers' initializers pass over it: GPT-2's reach into child layers
-    _HARMLESS = ("requires_grad_", "share_memory_", "detach_")
-    _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name, kwargs = func.__name__, kwargs or {}
-        in_place = name.endswith("_") and not name.endswith("__") and name not in cls._HARMLESS
-        if (in_place or name in cls._WRITES) and isinstance(next(iter([*args, *kwargs.values()])), cls):
-            _refuse_write()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    def __deepcopy__(self, memo):
-        return self.as_subclass(Tensor).clone()
-
-    @property
-    def data(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self
-
-    @data.setter
-    def data(self, value):
-        _refuse_write()
-
-
-def _refuse_write() -> NoReturn:
-    raise SlimError(
-        "the weight of an encoded layer cannot be assigned: it is stored as codes. Keep a LoRA adapter beside the "
-        "encoded model, or make the model dense first (model.dequantize()) and merge then"
-    )
 
 
 class EncodedModule(nn.Module):
     """The stored tensors of one weight [rows, cols], and what it takes to decode them.
 
     Buffers keep their stored dtype through `.to(dtype)`, `.half()` and the like: codes and scales were chosen for it.
-    Trainable tensors (the survivors of a sparse weight) are parameters and follow the model's dtype.
+    Trainable tensors (the survivors of a sparse weight, centroids) are parameters and follow the model's dtype, in
+    which they learn. Where an encoding stores them in another one (float16 centroids of a float32 model), every product
+    rounds them to that, straight-through, and so does the state dict: what is saved is what was computed with. The
+    digits beyond are an optimizer's memory of small steps; `settle` gives them up.
 
     A packed kernel wants the codes in a layout of its own. The first product of a few rows brings them into it, and
     the stored codes are dropped; whoever asks for these (state dict, copy, pickle, move, `tensors()`) gets them back
@@ -87,15 +51,40 @@ class EncodedModule(nn.Module):
         self.encoding, self.rows, self.cols, self.compute_dtype = encoding, rows, cols, dtype
         self._cache = None
         for name, spec in encoding.layout(rows, cols, dtype).items():
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name in encoding.trainable:
-                self.register_parameter(name, nn.Parameter(tensor))
+                self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=dtype, device=device)))
             else:
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device=device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by name."""
-        return {name: getattr(self, name) for name in self.encoding.layout(self.rows, self.cols, self.compute_dtype)}
+        """Stored tensors by name, in the dtypes they are stored in.
+
+        Where gradients are wanted, trainable ones are numbers of that dtype in the parameter's.
+        """
+        layout = self.encoding.layout(self.rows, self.cols, self.compute_dtype)
+        return {name: _stored(getattr(self, name), spec.dtype) for name, spec in layout.items()}
+
+    def settle(self) -> None:
+        """Leave trainable tensors as they are stored."""
+        with torch.no_grad():
+            for name, dtype in self._rounded().items():
+                parameter = self.get_parameter(name)
+                stored = parameter.to(dtype).to(parameter.dtype)
+                if not torch.equal(parameter, stored):  # a kept decoded weight would have to be made anew
+                    parameter.copy_(stored)
+
+    def follow(self) -> None:
+        """Bring trainable tensors, which may have arrived as they are stored, into the model's dtype."""
+        for name in self.encoding.trainable:
+            parameter = self._parameters.get(name)
+            if parameter is not None and parameter.dtype != self.compute_dtype:
+                parameter.data = parameter.data.to(self.compute_dtype)
+
+    def _rounded(self) -> dict[str, torch.dtype]:
+        """Trainable tensors that are stored in another dtype than they have, and that dtype."""
+        layout = self.encoding.layout(self.rows, self.cols, self.compute_dtype)
+        own = {name: self._parameters.get(name) for name in self.encoding.trainable}
+        return {name: layout[name].dtype for name, p in own.items() if p is not None and p.dtype != layout[name].dtype}
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Take over stored tensors, which must have the layout that the encoding announces."""
@@ -104,7 +93,7 @@ class EncodedModule(nn.Module):
             got = tensors[name]
             if tuple(got.shape) != spec.shape or got.dtype != spec.dtype:
                 raise ValueError(f"{name}: got {tuple(got.shape)} {got.dtype}, the encoding stores {spec}")
-            setattr(self, name, nn.Parameter(got) if name in self.encoding.trainable else got)
+            setattr(self, name, nn.Parameter(got.to(self.compute_dtype)) if name in self.encoding.trainable else got)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight [rows, cols] in `dtype`."""
@@ -283,15 +272,28 @@ class EncodedModule(nn.Module):
         self.compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
         return self
 
-    def _save_to_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.unpack()
-        super()._save_to_state_dict(*args, **kwargs)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, dtype in self._rounded().items():
+            destination[prefix + name] = destination[prefix + name].detach().to(dtype)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
+        self.follow()
         if self._cache is not None:
             self.cache_decoded()
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is stored; where it learns, rounded straight-through."""
+    if tensor.dtype == dtype:
+        return tensor
+    rounded = tensor.detach().to(dtype)
+    if not (tensor.requires_grad and torch.is_grad_enabled()):
+        return rounded
+    return rounded.to(tensor.dtype) + (tensor - tensor.detach())
 
 
 class EncodedLinear(EncodedModule, nn.Linear):
@@ -361,10 +363,10 @@ class TiedHead(nn.Linear):
 
     _is_hf_initialized = True
 
-    def __init__(self, embedding: EncodedEmbedding, bias: Tensor | None):
+    def __init__(self, source: EncodedModule, bias: Tensor | None):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self._source = (embedding,)  # in a tuple, so that it is no submodule: the tensors are stored once
+        self.in_features, self.out_features = source.cols, source.rows
+        self._source = (source,)  # in a tuple, so that it is no submodule: the tensors are stored once
         self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
 
     @property

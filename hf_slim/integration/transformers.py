@@ -174,9 +174,16 @@ class SlimQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether the stored tensors themselves can be trained: pruned layers can, codes cannot."""
+        """Whether there are stored tensors that can be trained: survivors and centroids can, codes cannot."""
         names = self.quantization_config.modules
-        return all(self.quantization_config.encoding_of(name).trainable for name in names)
+        return not names or any(self.quantization_config.encoding_of(name).trainable for name in names)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """What Transformers calls before it saves: a training goes on from what is saved, as a resumed one will."""
+        for module in model.modules():
+            if isinstance(module, EncodedModule):
+                module.settle()
+        return super().get_state_dict_and_metadata(model)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype=None, **kwargs: Any
@@ -217,6 +224,9 @@ class SlimQuantizer(HfQuantizer):
         return find_method(self._stage.method).encode(W, self._planned[name], self._stage.options, keep=None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, EncodedModule):
+                module.follow()
         mark(model, _stored_shapes(model, self.quantization_config))
         return model
 
