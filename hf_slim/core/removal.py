@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -55,11 +56,11 @@ def carry_out(model: nn.Module, removal: Removal, dtype: torch.dtype | None = No
     names = [*removal.units.writers, removal.units.reader]
     before = {name: (get_weight(m).clone(), _nbytes(m, dtype)) for name in names for m in [model.get_submodule(name)]}
     remove_units(model, removal.units, removal.keep)
-    reader = model.get_submodule(removal.units.reader)
+    reader: Any = model.get_submodule(removal.units.reader)
     if removal.weight is not None:
         get_weight(reader).copy_(removal.weight)
     if removal.bias is not None:
-        reader.bias.copy_(removal.bias)  # pyright: ignore
+        reader.bias = nn.Parameter(removal.bias.to(reader.bias), requires_grad=reader.bias.requires_grad)
     return [_report(name, model.get_submodule(name), *before[name], removal, dtype) for name in names]
 
 

@@ -9,7 +9,8 @@ gets a view of the config of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +112,27 @@ def remove_units(model: nn.Module, units: Units, keep: Bool[Tensor, " units"]) -
     for name, rows in units.writers.items():
         cut_layer(model, name, staying(model, name, rows[~keep], 0), None)
     scale_counts(model, units.counts, keep)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Layers that are made smaller inside are whole again if an error leaves: the very tensors, and all counts.
+
+    What is replaced stays in memory until then. Values written into tensors that stay are not brought back.
+    """
+    before = [(module, _inside_of(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, state in before:
+            vars(module).clear()
+            vars(module).update(state)
+        raise
+
+
+def _inside_of(module: nn.Module) -> dict[str, Any]:
+    """All that a module holds: its numbers, and which tensors and modules; none of them copied."""
+    return {key: copy.copy(value) if type(value) is dict else value for key, value in vars(module).items()}
 
 
 def zero_units(model: nn.Module, units: Units, keep: Bool[Tensor, " units"]) -> None:

@@ -10,10 +10,11 @@ goes into the reader's bias; where the reader has none, the unit stays.
 
 The proof is measured: |logits after - logits before| / |logits before| in float32, on the calibration windows if there
 are any, else on random tokens; above 1e-5 the stage fails (the precision of the stored biases, where constants went
-into rounded ones).
+into rounded ones) and leaves the model as it was.
 
 What cannot go: rows that write to the residual stream, which all blocks share. An expert that is all zero becomes one
-neuron wide, but stays: a router that may choose it would have to choose another one, and weight the others anew.
+neuron wide, but stays, and the report says so: without it a router that may choose it would have to choose another one,
+and weight the others anew.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from hf_slim.core.precision import in_dtype
 from hf_slim.core.probe import numbers
 from hf_slim.core.removal import Removal, carry_out
 from hf_slim.core.report import LayerReport, StageReport
+from hf_slim.core.reshape import undone_on_error
 from hf_slim.core.select import Layer
 from hf_slim.core.swap import get_weight
 from hf_slim.core.units import Units, find_units
@@ -122,15 +124,32 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Remove what is zero, and prove that the model computes what it did.
 
     Raises:
-        ModelError: it does not; the model in memory has been changed.
+        ModelError: it does not; the model is as it was.
     """
     found = find_units(model, config.kinds)
     ids = _windows(model, context)
     with _exact(model), _watching(model, [units.reader for units in found]) as ranges:
         before = _run(model, ids)
+    with undone_on_error(model):
+        report, tolerance = _remove(model, found, ranges, config, context)
+        with _exact(model):
+            difference = float((_run(model, ids) - before).norm() / before.norm())
+        if not difference <= tolerance:
+            raise ModelError(
+                f"without its zero units the model computes something else (relative difference {difference:.2g}, at "
+                f"most {tolerance:.0e} is rounding), so none was removed; give more calibration text, on which units "
+                "show whether they are constant, or leave prune.structurize out"
+            )
+    return report.model_copy(update={"metrics": {**report.metrics, "difference": difference}})
+
+
+def _remove(
+    model: PreTrainedModel, found: Sequence[Units], ranges: Mapping[str, Range], config: Config, context: Context
+) -> tuple[StageReport, float]:
+    """Make layers smaller; what was done, and how far the model may be from what it was."""
     rows: list[LayerReport] = []
     notes: list[str] = []
-    removed = {"neuron": 0, "head": 0}
+    removed = {f"removed_{kind}s": 0 for kind in ("neuron", "head") if kind in config.kinds}
     tolerance = _SAME
     for units in context.progress.track(found, "removing zero units"):
         removal, stuck = _removal(model, units, ranges.get(units.reader), config)
@@ -138,20 +157,33 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             notes.append(f"{units.reader} has no bias: {stuck} {units.kind}s that put out a constant stay")
         if removal is not None:
             rows += carry_out(model, removal)
-            removed[units.kind] += int((~removal.keep).sum())
+            removed[f"removed_{units.kind}s"] += int((~removal.keep).sum())
             if removal.bias is not None:
                 tolerance = max(tolerance, torch.finfo(removal.bias.dtype).eps)
-    with _exact(model):
-        difference = float((_run(model, ids) - before).norm() / before.norm())
-    if not difference <= tolerance:
-        raise ModelError(
-            f"without its zero units the model computes something else (relative difference {difference:.2g}, at most "
-            f"{tolerance:.0e} is rounding); the model in memory has been changed, load it again"
-        )
+    notes += _silent_experts(model)
     if not rows:
         notes.append("no unit is all zero: nothing was removed")
-    counts = {f"removed_{kind}s": count for kind, count in removed.items() if kind in config.kinds}
-    return StageReport(layers=rows, metrics={**counts, "difference": difference}, notes=notes)
+    return StageReport(layers=rows, metrics=removed, notes=notes), tolerance
+
+
+def _silent_experts(model: nn.Module) -> list[str]:
+    """One sentence for every router that has experts to choose whose weights are all zero."""
+    notes = []
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            count = module.layout.experts
+            silent = [n for n in range(count) if _is_zero(module.expert(n), module.layout.matrices)]
+            if silent:
+                notes.append(
+                    f"{name}: {len(silent)} of {count} experts are all zero ({', '.join(map(str, silent))}); they are "
+                    "as narrow as can be and stay, as without them the router would choose others"
+                )
+    return notes
+
+
+def _is_zero(expert: nn.Module, matrices: Sequence[str]) -> bool:
+    """Whether one of its matrices is zero throughout, so that it puts out nothing, or the same for all tokens."""
+    return any(not get_weight(expert.get_submodule(name)).any() for name in matrices)
 
 
 def _removal(model: nn.Module, units: Units, seen: Range | None, config: Config) -> tuple[Removal | None, int]:

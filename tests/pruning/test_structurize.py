@@ -214,6 +214,9 @@ def test_an_expert_of_zeros_becomes_one_neuron_wide():
     report = hf_slim.compress(model, "prune.structurize")
     assert report.metrics["removed_neurons"] == 2 * 47
     assert distance(logits(model), before) < 1e-5
+    told = [note for note in report.notes if "1 of 4 experts are all zero (1)" in note]
+    assert [note.partition(":")[0] for note in told] == [f"model.layers.{n}.mlp.experts" for n in (0, 1)]
+    assert all("the router would choose others" in note for note in told)
 
 
 def test_sparse_layers_stay_sparse_and_shrink():
@@ -253,11 +256,27 @@ def test_the_proof_looks_at_calibration_data(monkeypatch):
     assert len(seen) == 2
 
 
-def test_a_model_that_computes_something_else_is_an_error(monkeypatch):
-    model = make("Llama")
-    monkeypatch.setattr(structurize, "needless", lambda columns, *_: (torch.arange(len(columns)) == 0,) * 2)
-    with pytest.raises(ModelError, match="computes something else"):
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT", "Phi-3", "Mixtral", "sparse"])
+def test_a_model_that_would_compute_something_else_is_left_as_it_was(name, monkeypatch):
+    """Shapes, counts, biases into which constants went, views of fused experts: all are back."""
+    model = make("OPT" if name == "sparse" else name)
+    if name == "sparse":
+        hf_slim.compress(model, "prune.magnitude", sparsity=0.5)
+    kinds = {path: type(module) for path, module in model.named_modules()}
+    before, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+    def wrong(columns, rows, constant, bias):
+        gone = torch.arange(len(columns)) == 0
+        return gone, gone & bias
+
+    monkeypatch.setattr(structurize, "needless", wrong)
+    monkeypatch.setattr(Range, "constant", lambda seen: torch.full_like(seen.low, 3.0))
+    with pytest.raises(ModelError, match=r"computes something else .* so none was removed"):
         hf_slim.compress(model, "prune.structurize")
+    assert {path: type(module) for path, module in model.named_modules()} == kinds
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), before)
 
 
 def test_layers_of_codes_are_refused():
