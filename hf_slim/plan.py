@@ -170,7 +170,7 @@ def order_problems(stages: tuple[Stage, ...]) -> list[str]:
     for number, stage in enumerate(stages, 1):
         rules = find_method(stage.method).RULES
         for what, (earlier, maker) in made.items():
-            if what not in rules.preserves and not is_export(stage.method):
+            if not {what, *_HARDER.get(what, ())} & {*rules.preserves} and not is_export(stage.method):
                 problems.append(
                     f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
                     f"{_LOSSES.get(what, what)}; put {stage.method} before {maker}"
@@ -210,9 +210,13 @@ def place_problems(stages: tuple[Stage, ...]) -> list[str]:
 
 _LOSSES = {
     "codes": "it trains weights, and those are stored as integer codes by then",
+    "centroids": "it changes single weights, and those share values by then",
     "zeros": "it would fill the pruned zeros again",
     "foreign": "the model is stored in bitsandbytes' own form by then, which nothing else changes",
 }
+
+_HARDER = {"centroids": ("codes",)}
+"""Who leaves integer codes alone leaves shared values alone, too, which can be trained."""
 
 
 def _makes(stage: Stage) -> tuple[str, ...]:

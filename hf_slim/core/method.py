@@ -76,7 +76,8 @@ class Rules:
 
     Args:
         needs: data the method cannot do without: "calibration", "train", "held_out", "original".
-        makes: properties that the weights have after it ("zeros": pruned weights; "codes": stored as integers).
+        makes: properties that the weights have after it ("zeros": pruned weights; "codes": stored as integers;
+            "centroids": shared values, which can be trained).
         preserves: properties made by an earlier stage that survive it. What is not listed is undone, and the planner
             refuses such an order.
         wants_training: what it leaves is of use only once it has been trained; the planner says so where nothing does.

@@ -77,6 +77,20 @@ def own_loss(model: PreTrainedModel) -> dict[str, Any]:
     return {"compute_loss_func": class_loss} if is_classifier(model) else {}
 
 
+def unscale(args: TrainingArguments, optimizer: Any) -> None:
+    """Make gradients of float16 training those of the loss itself, for a callback before the optimizer's step.
+
+    Gradient clipping has done so where there is any.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or args.max_grad_norm:
+        return
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    scaler.unscale_(inner)
+
+
 def train(
     model: PreTrainedModel,
     options: TrainingOptions,

@@ -27,7 +27,7 @@ from hf_slim.core.method import Rules
 from hf_slim.core.model import ModelSource
 from hf_slim.core.precision import fast_dtype, in_dtype
 from hf_slim.core.report import StageReport
-from hf_slim.core.select import Layer
+from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
@@ -35,7 +35,9 @@ from hf_slim.integration.bitsandbytes import check_installed, make_config
 from hf_slim.methods import find_method
 
 PREVIOUS = "previous"
-RULES = Rules(needs=("train", "original"), preserves=("zeros",), paper="Hinton et al. 2015, arXiv:1503.02531")
+RULES = Rules(
+    needs=("train", "original"), preserves=("zeros", "centroids"), paper="Hinton et al. 2015, arXiv:1503.02531"
+)
 
 
 class Config(TrainingOptions):
@@ -129,7 +131,12 @@ def load_teacher(config: Config, context: Context) -> PreTrainedModel | None:
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
-    """Train the model against its teacher."""
+    """Train the model against its teacher.
+
+    Raises:
+        PlanError: the student has no trainable parts.
+    """
+    _check_trainable(model)
     teacher = load_teacher(config, keep_previous(model, config, context))
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
@@ -146,3 +153,14 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         )
     rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
     return StageReport(layers=rows, metrics=metrics)
+
+
+def _check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a student whose stored tensors cannot learn; the Trainer would do so without a way out."""
+    stored = [layer for layer in find_layers(model).values() if layer.encoding is not None]
+    if stored and not any(layer.encoding.trainable for layer in stored if layer.encoding is not None):
+        raise PlanError(
+            f"the student has no trainable parts: {len(stored)} layers are stored as codes, such as {stored[0].name}; "
+            "distil before quantizing, tune scales instead (quantize.scales), or share weights (share.kmeans), whose "
+            "centroids learn"
+        )

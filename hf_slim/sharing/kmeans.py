@@ -62,7 +62,7 @@ DENSITY_SAMPLES = 1 << 16  # sorted values that the density of a long book is es
 CHUNK = 1 << 21  # candidate pairs or values worked on at a time: bounds memory, stays near the cache
 
 
-RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Han et al. 2016, arXiv:1510.00149")
+RULES = Rules(makes=("centroids",), preserves=("zeros", "codes"), paper="Han et al. 2016, arXiv:1510.00149")
 
 
 class Embeddings(MethodConfig):
