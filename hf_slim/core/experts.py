@@ -27,6 +27,9 @@ from torch import Tensor, nn
 
 from hf_slim.core.probe import FAILURES, numbers, trying
 
+Made = dict[Any, Any]
+"""What tensors have become, by their ids: a tensor that is shared stays shared."""
+
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
@@ -74,17 +77,20 @@ class Experts(nn.Module):
     Args:
         stock: the fused module. It is kept, without its weights: its activation and gating are used, and `fuse` gives
             it the weights back.
+        made: what other experts' weights have become; experts that are tied stay so.
     """
 
     _is_hf_initialized = True  # nothing of its own to draw at random
 
-    def __init__(self, stock: nn.Module, layout: Layout):
+    def __init__(self, stock: nn.Module, layout: Layout, made: Made | None = None):
         super().__init__()
         self.layout = layout
         self._stock = (stock,)  # in a tuple, so that it is no submodule
         fused = {name: stock.get_parameter(name) for name in layout.parameters()}
         for number in range(layout.experts):
-            layers = {name: _linear(fused, name, layout, number) for name in layout.matrices}
+            layers = {
+                name: _linear(fused, name, layout, number, {} if made is None else made) for name in layout.matrices
+            }
             self.add_module(str(number), Expert(layers))
         self._modules |= stock._modules
         for name, parameter in fused.items():
@@ -155,21 +161,20 @@ class Experts(nn.Module):
                 if parameter.untyped_storage().nbytes() != parameter.nbytes or not parameter.is_contiguous():
                     parameter.data = parameter.data.contiguous().clone()
 
-    def fused(self) -> nn.Module:
+    def fused(self, made: Made) -> nn.Module:
         """The stock module with the experts' weights.
 
         Only for dense experts. Weights that are still views of one tensor are not copied.
+
+        Args:
+            made: what other experts' weights have become.
         """
         stock, layout = self._stock[0], self.layout
         for name in layout.matrices:
             layers: list[Any] = [getattr(self.expert(n), name) for n in range(layout.experts)]
-            weights = [layer.weight.detach() for layer in layers]
-            trained = layers[0].weight.requires_grad
-            joined = _join([w.T for w in weights] if layout.transposed else weights)
-            stock._parameters[name] = nn.Parameter(joined, requires_grad=trained)
+            stock._parameters[name] = _joined([layer.weight for layer in layers], layout.transposed, made)
             if layout.bias:
-                biases = _join([layer.bias.detach() for layer in layers])
-                stock._parameters[f"{name}_bias"] = nn.Parameter(biases, requires_grad=trained)
+                stock._parameters[f"{name}_bias"] = _joined([layer.bias for layer in layers], False, made)
         return stock.train(self.training)
 
 
@@ -180,17 +185,19 @@ def unfuse(model: nn.Module) -> list[str]:
         Names of the modules that were replaced.
     """
     found = {name: (module, layout) for name, module in model.named_modules() if (layout := read_layout(module))}
+    made: Made = {}
     for name, (module, layout) in found.items():
-        _put(model, name, Experts(module, layout))
+        _put(model, name, Experts(module, layout, made))
     return list(found)
 
 
 def fuse(model: nn.Module) -> None:
     """Put the stock module back wherever all of its experts are dense; elsewhere, let go of what was fused."""
+    made: Made = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             if module.is_dense():
-                _put(model, name, module.fused())
+                _put(model, name, module.fused(made))
             else:
                 module.settle()
 
@@ -281,15 +288,33 @@ def _anew(module: nn.Module) -> nn.Module:
     return made
 
 
-def _linear(fused: dict[str, Any], name: str, layout: Layout, number: int) -> nn.Linear:
+def _linear(fused: dict[str, Any], name: str, layout: Layout, number: int, made: Made) -> nn.Linear:
     """One expert's layer, whose weight is a view of the fused one."""
     weight = layout.weight(fused[name].detach(), number)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=layout.bias, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=fused[name].requires_grad)
+    layer.weight = _view(fused[name], weight, number, made)
     if layout.bias:
         bias = fused[f"{name}_bias"]
-        layer.bias = nn.Parameter(bias.detach()[number], requires_grad=bias.requires_grad)
+        layer.bias = _view(bias, bias.detach()[number], number, made)
     return layer
+
+
+def _view(whole: nn.Parameter, part: Tensor, number: int, made: Made) -> nn.Parameter:
+    """An expert's part of a fused parameter; the very one that it has become elsewhere."""
+    key = (id(whole), number)
+    if key not in made:
+        made[key] = nn.Parameter(part, requires_grad=whole.requires_grad), whole  # so that its id is not used again
+    return made[key][0]
+
+
+def _joined(parts: Sequence[nn.Parameter], transposed: bool, made: Made) -> nn.Parameter:
+    """All experts' parts of a parameter as one; the very one that they have become elsewhere."""
+    key = tuple(map(id, parts))
+    if key not in made:
+        tensors = [part.detach() for part in parts]
+        joined = _join([tensor.T for tensor in tensors] if transposed else tensors)
+        made[key] = nn.Parameter(joined, requires_grad=parts[0].requires_grad), parts
+    return made[key][0]
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

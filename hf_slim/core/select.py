@@ -23,6 +23,7 @@ from hf_slim.core.experts import Experts
 from hf_slim.core.probe import embedding_scale, is_plain_linear
 from hf_slim.encodings import Encoding
 from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
+from hf_slim.encodings.tied import TiedLinear
 
 Kind = Literal["linear", "head", "embedding"]
 
@@ -199,7 +200,7 @@ def _chosen(layer: Layer, select: Select) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (Conv1D, EncodedLinear, TiedHead) or is_plain_linear(module)
+    return type(module) in (Conv1D, EncodedLinear, TiedHead, TiedLinear) or is_plain_linear(module)
 
 
 def _describe(name: str, module: nn.Module, kind: Kind, block: str | None, owner: str | None) -> Layer:
@@ -208,7 +209,8 @@ def _describe(name: str, module: nn.Module, kind: Kind, block: str | None, owner
         survivors = getattr(encoding, "survivors", None)
         return Layer(name, kind, module.rows, module.cols, dtype, block, encoding, owner, survivors)
     if isinstance(module, TiedHead):
-        return Layer(name, kind, module.out_features, module.in_features, module.weight.dtype, block, None, owner)
+        dtype = module._source[0].compute_dtype
+        return Layer(name, kind, module.out_features, module.in_features, dtype, block, None, owner)
     weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     rows, cols = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
     return Layer(name, kind, rows, cols, weight.dtype, block, None, owner)
@@ -221,6 +223,11 @@ def _owners(model: nn.Module) -> dict[str, str]:
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target.endswith(".weight") and source.endswith(".weight"):
             tied[target.removesuffix(".weight")] = source.removesuffix(".weight")
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and (owner := owners.setdefault(id(weight), name)) != name:
+            tied.setdefault(name, owner)
     return tied
 
 

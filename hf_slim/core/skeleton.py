@@ -144,7 +144,8 @@ def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield "bias", tuple(bias.shape)
         return
     if isinstance(module, TiedHead):
-        yield "weight", (module.out_features, module.in_features)
+        shape = (module.out_features, module.in_features)
+        yield "weight", shape[::-1] if getattr(module, "turned", False) else shape
     for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield key, tuple(tensor.shape)

@@ -12,6 +12,7 @@ from hf_slim.encodings import Encoding
 from hf_slim.encodings.embeddings import EncodedScaledEmbedding, TiedEmbedding, dense_embedding
 from hf_slim.encodings.modules import EncodedEmbedding, EncodedLinear, EncodedModule, TiedHead
 from hf_slim.encodings.places import load_places
+from hf_slim.encodings.tied import TiedLinear
 
 
 def get_weight(module: nn.Module) -> Float[Tensor, "rows cols"]:
@@ -69,11 +70,25 @@ def encode_layer(model: nn.Module, name: str, encoding: Encoding, tensors: dict[
 
 
 def put_encoded(model: nn.Module, name: str, encoded: EncodedModule) -> None:
-    """Put an encoded layer in the place of the layer called `name`; what is tied to an embedding follows it."""
-    encoded.train(model.get_submodule(name).training)
+    """Put an encoded layer in the place of the layer called `name`; what shares its weight follows it."""
+    module = model.get_submodule(name)
+    encoded.train(module.training)
+    if isinstance(encoded, EncodedLinear):
+        for sharer in _sharers(model, module):
+            tied = model.get_submodule(sharer)
+            turned = isinstance(tied, Conv1D) or getattr(tied, "turned", False)
+            set_module(model, sharer, TiedLinear(encoded, tied.bias, turned).train(tied.training))  # pyright: ignore
     set_module(model, name, encoded)
     if isinstance(encoded, EncodedEmbedding):
         _tie(model, f"{name}.weight", encoded)
+
+
+def _sharers(model: nn.Module, module: nn.Module) -> list[str]:
+    """Names of the other layers that have the weight of a layer, dense or encoded."""
+    if isinstance(module, EncodedModule):
+        return followers(model, module)
+    weight = module._parameters["weight"]
+    return [n for n, m in model.named_modules() if m is not module and m._parameters.get("weight") is weight]
 
 
 def densify(model: nn.Module, name: str) -> None:
@@ -84,9 +99,7 @@ def densify(model: nn.Module, name: str) -> None:
     if isinstance(module, EncodedEmbedding):
         dense = dense_embedding(weight, module.padding_idx, *_look_up(module))
     elif module.turned:
-        with torch.device("meta"):
-            dense = Conv1D(module.rows, module.cols)  # pyright: ignore
-        dense.weight, dense.bias = nn.Parameter(weight.T.contiguous()), module.bias  # pyright: ignore
+        dense = _conv1d(nn.Parameter(weight.T.contiguous()), module.bias)  # pyright: ignore
     else:
         dense = _linear(nn.Parameter(weight), module.bias)  # pyright: ignore
     dense.train(module.training)
@@ -96,9 +109,18 @@ def densify(model: nn.Module, name: str) -> None:
         if isinstance(tied, TiedEmbedding):
             again: nn.Module = dense_embedding(weight, tied.padding_idx, tied.scale, tied.stock)
             again.weight = dense.weight
+        elif getattr(tied, "turned", False):
+            again = _conv1d(dense.weight, tied.bias)  # pyright: ignore
         else:
             again = _linear(dense.weight, tied.bias)  # pyright: ignore
         set_module(model, follower, again.train(tied.training))
+
+
+def _conv1d(weight: nn.Parameter, bias: nn.Parameter) -> Conv1D:
+    with torch.device("meta"):
+        turned = Conv1D(weight.shape[1], weight.shape[0])
+    turned.weight, turned.bias = weight, bias
+    return turned
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -108,7 +130,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def followers(model: nn.Module, embedding: nn.Module) -> list[str]:
-    """Names of the heads and embeddings that share an encoded embedding."""
+    """Names of the heads, embeddings and layers that share the weight of an encoded one."""
     return [
         name
         for name, m in model.named_modules()

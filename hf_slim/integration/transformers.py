@@ -12,6 +12,7 @@ Written against Transformers 5.23. `from_pretrained` calls it in two ways:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.shapes import Shapes, reshape, settle
 from hf_slim.core.stage import Stage, make_stage
 from hf_slim.core.swap import densify, empty_like, followers, put_encoded, set_module
+from hf_slim.core.ties import Ties, declare, leave_biases, tie
 from hf_slim.encodings import Encoding, read_encoding
 from hf_slim.encodings.embeddings import TiedEmbedding
 from hf_slim.encodings.modules import EncodedModule, TiedHead
@@ -55,7 +57,8 @@ class SlimConfig(QuantizationConfigMixin):
 
     A stored config names no method but, layer by layer, the encoding: `encodings` is a list of descriptions, `modules`
     maps a module's name to its place in that list. Of a model that was pruned to shapes which its config cannot say,
-    `shapes` has those of tensors, and `numbers` what modules hold about themselves (`num_heads`).
+    `shapes` has those of tensors, and `numbers` what modules hold about themselves (`num_heads`). Where blocks share
+    weights, `tied` is {tensor: the one that it is the same as}.
 
     >>> SlimConfig("quantize.rtn", bits=4, group_size=64).options["bits"]
     4
@@ -67,6 +70,7 @@ class SlimConfig(QuantizationConfigMixin):
         self.modules: dict[str, int] = options.pop("modules", {})
         self.shapes: dict[str, list[int]] = options.pop("shapes", {})
         self.numbers: dict[str, dict[str, Any]] = options.pop("numbers", {})
+        self.tied: Ties = options.pop("tied", {})
         self.format: int = options.pop("format", FORMAT)
         options.pop("quant_method", None)
         self.method = method
@@ -105,7 +109,7 @@ class SlimConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         stored = {k: v for k, v in copy.deepcopy(self.__dict__).items() if v not in (None, {}, [])}
-        written = self.modules or self.shapes or self.numbers
+        written = self.modules or self.shapes or self.numbers or self.tied
         return {k: v for k, v in stored.items() if k not in ("method", "options")} if written else stored
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -189,8 +193,10 @@ class SlimQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype=None, **kwargs: Any
     ) -> PreTrainedModel:
         left = reshape(model, _stored_shapes(model, self.quantization_config))
+        untied = tie(model, _stored_ties(model, self.quantization_config))
         experts = unfuse(model)
         reshape(model, left)  # experts of different sizes
+        tie(model, untied)  # single experts
         if self.pre_quantized:
             for name, stored_name in _stored_layers(model, self.quantization_config).items():
                 module = model.get_submodule(name)
@@ -204,6 +210,7 @@ class SlimQuantizer(HfQuantizer):
                     layout: Layout = model.get_submodule(name).layout  # pyright: ignore
                     self.fused |= {f"{name}.{parameter}": layout for parameter in layout.parameters()}
         fuse(model)
+        leave_biases(model, bool(declare(model)))
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -224,6 +231,7 @@ class SlimQuantizer(HfQuantizer):
         return find_method(self._stage.method).encode(W, self._planned[name], self._stage.options, keep=None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        leave_biases(model, False)
         for module in model.modules():
             if isinstance(module, EncodedModule):
                 module.follow()
@@ -282,18 +290,30 @@ def _stored_layers(model: PreTrainedModel, config: SlimConfig) -> dict[str, str]
 
 def _stored_shapes(model: PreTrainedModel, config: SlimConfig) -> Shapes:
     """The stored shapes under the names that the loaded class gives to its tensors; see `_stored_layers`."""
+    named = _renaming(model)
+    tensors = {named(name, True): shape for name, shape in config.shapes.items()}
+    return Shapes(tensors, {named(name, False): numbers for name, numbers in config.numbers.items()})
+
+
+def _stored_ties(model: PreTrainedModel, config: SlimConfig) -> Ties:
+    """The stored ties under the names that the loaded class gives to its tensors."""
+    named = _renaming(model)
+    return {named(target, True): named(source, True) for target, source in config.tied.items()}
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str, bool], str]:
+    """What the loaded class calls a stored tensor (`True`) or module."""
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
 
     def renamed(stored: str, tensor: bool) -> str:
         names = (stored, stored.removeprefix(prefix), prefix + stored)
         return next((n for n in names if (n.rpartition(".")[0] if tensor else n) in modules), stored)
 
-    tensors = {renamed(name, True): shape for name, shape in config.shapes.items()}
-    return Shapes(tensors, {renamed(name, False): numbers for name, numbers in config.numbers.items()})
+    return renamed
 
 
 def mark(model: PreTrainedModel, shapes: Shapes | None = None) -> None:
-    """Give the model the `quantization_config` that describes its encoded layers and its shapes: it saves and loads.
+    """Give the model the `quantization_config` that describes its encoded layers, shapes and ties: it saves and loads.
 
     A model that its config says all about is marked as a plain one; one that another quantizer (bitsandbytes) holds is
     left alone. Experts that are all dense and of one size are fused again.
@@ -316,10 +336,11 @@ def mark(model: PreTrainedModel, shapes: Shapes | None = None) -> None:
                 encodings.append(description)
             modules[name] = encodings.index(description)
     shapes = settle(model) if shapes is None else shapes
-    if not modules and not shapes:
+    ties = declare(model)
+    if not modules and not shapes and not ties:
         _unmark(model)
         return
-    stored = {"shapes": dict(shapes.tensors), "numbers": dict(shapes.numbers)}
+    stored = {"shapes": dict(shapes.tensors), "numbers": dict(shapes.numbers), "tied": ties}
     quantizer = SlimQuantizer(SlimConfig(encodings=encodings, modules=modules, **stored), pre_quantized=True)
     model.hf_quantizer = quantizer  # pyright: ignore
     model.config.quantization_config = quantizer.quantization_config
