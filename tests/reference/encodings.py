@@ -37,6 +37,31 @@ def codebook(codes: np.ndarray, centroids: np.ndarray, rows_per_book: int | None
     return W
 
 
+def stored_tables(centroids: np.ndarray, dtype: str) -> np.ndarray:
+    """Tables [books, clusters, ...] as they come back: rounded to a float type, or to 255 steps of a scale each."""
+    if dtype == "bfloat16":
+        bits = centroids.astype(np.float32).view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    if dtype != "int8":
+        return centroids.astype(dtype).astype(np.float32)
+    back = np.zeros(centroids.shape, dtype=np.float32)
+    for book, table in enumerate(centroids):
+        scale = np.float32(np.float16(np.float32(np.abs(table).max()) / np.float32(127)))
+        back[book] = np.clip(np.rint(table.astype(np.float32) / scale), -127, 127).astype(np.float32) * scale
+    return back
+
+
+def vectors(codes: np.ndarray, tables: np.ndarray, cols: int, rows_per_book: int | None, keep=None) -> np.ndarray:
+    """As `codebook`, where a code stands for as many columns as the tables are deep."""
+    W = np.zeros((len(codes), cols), dtype=np.float32)
+    deep = tables.reshape(*tables.shape[:2], -1)
+    for row, col in np.ndindex(*W.shape):
+        if keep is None or keep[row, col]:
+            book = 0 if rows_per_book is None else row // rows_per_book
+            W[row, col] = deep[book, codes[row, col // deep.shape[2]], col % deep.shape[2]]
+    return W
+
+
 def sparse(mask: list[list[int]], values: list[float], cols: int) -> np.ndarray:
     """Values laid down row by row where the bit mask (packed rows) has a one."""
     W = np.zeros((len(mask), cols), dtype=np.float32)
