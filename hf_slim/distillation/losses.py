@@ -1,32 +1,42 @@
-"""Distillation losses over tokens (Hinton et al. 2015, arXiv:1503.02531; reverse KL as in MiniLLM, arXiv:2306.08543).
+"""Distillation losses over tokens, of logits: sums of row losses, each with its gradient in closed form.
 
-With p = softmax(t / T) of the teacher's logits t and q = softmax(s / T) of the student's logits s, per kept token
+With T the temperature, p = softmax(t / T) of the teacher's logits t, q = softmax(s / T) of the student's logits s,
+and D one of `divergences.py`, per kept token
 
-    forward KL   T² Σ_v p (log p - log q)      dL/ds = T (q - p)
-    reverse KL   T² Σ_v q (log q - log p)      dL/ds = T q (log q - log p - KL(q || p))
-    label loss   -log softmax(s)[y]            dL/ds = softmax(s) - onehot(y)
+    divergence    T² D(p, q)                          dL/ds = T dD/dz          z = s / T
+    top-k         T² KL over k words and "the rest"   dL/ds = T (q - p) on the k, T q (1 - p_rest / q_rest) elsewhere
+    sampled       -T² Σ_i w_i log q(v_i)              dL/ds = T (q Σ_i w_i - Σ_i w_i onehot(v_i))
+    label loss    -log softmax(s)[y]                  dL/ds = softmax(s) - onehot(y)
 
-all in nats; T² keeps the size of the gradients when the temperature changes. Every loss is a *sum* over the kept
-tokens, because only the caller knows how many the whole batch holds, over all micro-batches and all processes.
+all in nats; T² keeps the size of the gradients when the temperature changes (Hinton et al. 2015, arXiv:1503.02531).
+A *row loss* gives these for a chunk of rows. Losses are *sums* over the kept tokens, each times its own weight if there
+are weights: only the caller knows how many tokens the whole batch holds, over all micro-batches and all processes.
 
 Shapes: logits [tokens, vocab], keep [tokens]. Tokens that are not kept neither count nor receive a gradient.
 
 Where we differ from an autograd one-liner, and why: a batch of 8192 tokens over 150 000 words is 5 GB in fp32, and
-autograd would hold five such arrays. Loss and gradient are computed here together, a chunk of tokens at a time in fp32
-(fp64 for fp64 input); what survives is one gradient in the dtype of the student's logits. No second derivative.
+autograd would hold five such arrays. Losses and gradient are computed here together, a chunk of tokens at a time in
+fp32 (fp64 for fp64 input); what survives is one gradient in the dtype of the student's logits, whatever the number of
+losses. `fused.py` does without that one, too. No second derivative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
-Divergence = Literal["forward_kl", "reverse_kl"]
+from hf_slim.distillation.divergences import Divergence, row_kernel
+
+RowLoss: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(logits [rows, vocab], numbers of the tokens [rows]) -> (loss [rows], gradient [rows, vocab])."""
+Term: TypeAlias = tuple[float, RowLoss]
+"""A loss and its weight in the total."""
+
 IGNORED = -100  # the label that transformers and torch give to a position without a target
 
 # 2**23 fp32 numbers (32 MiB) a temporary: large enough to keep the cores busy, small beside any batch of logits
@@ -71,31 +81,33 @@ def kl_divergence(
     keep: Bool[Tensor, " tokens"],
     temperature: float = 2.0,
     divergence: Divergence = "forward_kl",
+    *,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    weights: Float[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over kept tokens of T² KL, in nats; 0 if and only if both distributions agree on every kept token.
+    """Sum over kept tokens of T² D, in nats; 0 if and only if both distributions agree on every kept token.
 
     Args:
         student: logits that receive the gradient.
         teacher: logits taken as constants; -inf is allowed and means probability zero.
         keep: True for the tokens that count.
         temperature: T > 0, divides both logits.
-        divergence: "forward_kl" is KL(teacher || student), "reverse_kl" is KL(student || teacher).
+        divergence: "forward_kl" is KL(teacher || student), "reverse_kl" is KL(student || teacher); see `divergences`.
+        beta: of "jsd" alone, the teacher's share of the mixture.
+        skew: of skewed divergences alone, the share mixed in.
+        weights: of the tokens; 1 if not given.
     """
-    row_loss = _forward_kl if divergence == "forward_kl" else _reverse_kl
-
-    def chunk_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = log_softmax(s / temperature, dim=-1)
-        log_p = log_softmax(teacher[tokens].to(s.dtype) / temperature, dim=-1)
-        loss, gradient = row_loss(log_p, log_q)
-        return loss.sum() * temperature**2, gradient.mul_(temperature)
-
-    return _ChunkedSum.apply(student, keep.to(student.device), chunk_loss)
+    loss = against_teacher(lambda tokens: teacher[tokens], temperature, divergence, beta=beta, skew=skew)
+    return sum_over_logits(student, keep, [(1.0, loss)], weights)[0]
 
 
 def label_cross_entropy(
     student: Float[Tensor, "tokens vocab"],
     targets: Int[Tensor, " tokens"],
     keep: Bool[Tensor, " tokens"],
+    *,
+    weights: Float[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over kept tokens of the cross entropy with the labels, in nats, at temperature 1.
 
@@ -103,56 +115,162 @@ def label_cross_entropy(
         student: logits that receive the gradient.
         targets: class indices, 0 <= target < vocab wherever `keep` is True.
         keep: True for the tokens that count.
+        weights: of the tokens; 1 if not given.
     """
+    return sum_over_logits(student, keep, [(1.0, against_labels(targets))], weights)[0]
 
-    def chunk_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+
+def against_teacher(
+    teacher: Callable[[Tensor], Tensor],
+    temperature: float = 2.0,
+    divergence: Divergence = "forward_kl",
+    *,
+    beta: float = 0.5,
+    skew: float = 0.1,
+) -> RowLoss:
+    """Row loss T² D(teacher, student).
+
+    Args:
+        teacher: gives the teacher's logits [rows, vocab] of some tokens [rows], wherever it has them from.
+        temperature: T > 0, divides both logits.
+        divergence: a name of `divergences.DIVERGENCES`; `beta` and `skew` as in `divergences.row_kernel`.
+    """
+    kernel = row_kernel(divergence, beta, skew)
+
+    def row_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = _log_softmax(teacher(tokens).to(s.device, s.dtype), temperature)
+        loss, gradient = kernel(log_p, _log_softmax(s, temperature))
+        return loss * temperature**2, gradient.mul_(temperature)
+
+    return row_loss
+
+
+def against_labels(targets: Int[Tensor, " tokens"]) -> RowLoss:
+    """Row loss: cross entropy with labels, at temperature 1."""
+
+    def row_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         log_q = log_softmax(s, dim=-1)
-        y = targets[tokens].unsqueeze(1)
-        loss = -log_q.gather(1, y).sum()
+        y = targets.to(s.device)[tokens].unsqueeze(1)
+        loss = -log_q.gather(1, y).squeeze(1)
         return loss, log_q.exp_().scatter_add_(1, y, log_q.new_full((), -1.0).expand_as(y))
 
-    return _ChunkedSum.apply(student, keep.to(student.device), chunk_loss)
+    return row_loss
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) per row and its gradient with respect to the logits of q."""
-    p = log_p.exp()
-    loss = ((log_p - log_q) * p).masked_fill_(p == 0, 0.0).sum(-1)  # 0 log 0 = 0, also where log p = -inf
-    return loss, log_q.exp().sub_(p)
+def against_top_k(ids: Int[Tensor, "tokens k"], log_p: Float[Tensor, "tokens k"], temperature: float = 1.0) -> RowLoss:
+    """Row loss T² KL over k words of the teacher's and one bucket for all others, which keeps q from forgetting them.
+
+    Without the bucket the student would be taught that the k words hold all probability there is (arXiv:2503.16870).
+
+    Args:
+        ids: the words, different ones in a row.
+        log_p: the teacher's log-probabilities of these, at the same temperature. The rest of 1 belongs to the bucket.
+        temperature: T > 0, divides the student's logits.
+    """
+
+    def row_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        log_q, words = _log_softmax(s, temperature), ids.to(s.device)[tokens]
+        kept = log_p.to(s.device)[tokens].to(s.dtype)
+        p, p_rest = kept.exp(), (1 - kept.exp().sum(1)).clamp_(min=0)
+        log_rest = log_q.scatter(1, words, -torch.inf).logsumexp(1)  # of 1 - Σ q little would be left by rounding
+        loss = (p * (kept - log_q.gather(1, words))).masked_fill_(p == 0, 0.0).sum(1)
+        rest = (p_rest * (p_rest.log() - log_rest)).masked_fill_(p_rest == 0, 0.0)
+        share = (p_rest / log_rest.exp()).masked_fill_(p_rest == 0, 0.0).unsqueeze(1)
+        on_words = log_q.gather(1, words).exp_().sub_(p)
+        gradient = log_q.exp_().mul_(1 - share).scatter_(1, words, on_words)
+        return (loss + rest) * temperature**2, gradient.mul_(temperature)
+
+    return row_loss
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p) per row and its gradient with respect to the logits of q."""
-    q = log_q.exp()
-    log_ratio = (log_q - log_p).masked_fill_(q == 0, 0.0)
-    loss = (q * log_ratio).sum(-1, keepdim=True)
-    return loss.squeeze(-1), q.mul_(log_ratio.sub_(loss))
+def against_samples(
+    ids: Int[Tensor, "tokens draws"], shares: Float[Tensor, "tokens draws"], temperature: float = 1.0
+) -> RowLoss:
+    """Row loss: T² cross entropy with words drawn from the teacher (random sampling distillation, arXiv:2503.16870).
+
+    Its gradient is, in the mean over draws, that of forward KL; its value is larger by the teacher's entropy.
+
+    Args:
+        ids: words, which may repeat.
+        shares: weight of each: 1 / draws, or more generally p / (draws · proposal); see `sampling.draw`.
+        temperature: T > 0, divides the student's logits.
+    """
+
+    def row_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        log_q, words = _log_softmax(s, temperature), ids.to(s.device)[tokens]
+        w = shares.to(s.device)[tokens].to(s.dtype)
+        loss = -(w * log_q.gather(1, words)).sum(1)
+        gradient = log_q.exp_().mul_(w.sum(1, keepdim=True)).scatter_add_(1, words, -w)
+        return loss * temperature**2, gradient.mul_(temperature)
+
+    return row_loss
 
 
-class _ChunkedSum(torch.autograd.Function):
-    """Sum of a per-token loss whose gradient is known in closed form, a chunk of kept tokens at a time."""
+def sum_over_logits(
+    student: Float[Tensor, "tokens vocab"],
+    keep: Bool[Tensor, " tokens"],
+    terms: Sequence[Term],
+    weights: Float[Tensor, " tokens"] | None = None,
+) -> Float[Tensor, " sums"]:
+    """Sums over kept tokens: of the weighted total of all terms, which alone has a gradient, and of each for itself.
+
+    Args:
+        student: logits that receive the gradient.
+        keep: True for the tokens that count.
+        terms: losses and their weights in the total.
+        weights: of the tokens; 1 if not given.
+
+    Returns:
+        [1 + terms]: the total first.
+    """
+    return _SumOverLogits.apply(student, keep.to(student.device), tuple(terms), weights)
+
+
+def chunks(keep: Bool[Tensor, " tokens"], vocabulary: int) -> Iterator[Int[Tensor, " rows"]]:
+    """Numbers of the kept tokens, as many at a time as make a temporary of moderate size."""
+    yield from keep.nonzero().squeeze(1).split(max(1, _CHUNK_ELEMENTS // vocabulary))
+
+
+def chunk_sums(
+    terms: Sequence[Term], s: Float[Tensor, "rows vocab"], tokens: Int[Tensor, " rows"], weights: Tensor | None
+) -> tuple[Float[Tensor, " sums"], Float[Tensor, "rows vocab"] | None]:
+    """What one chunk adds to the sums of `sum_over_logits`, and the total's gradient; None if no term has a weight."""
+    sums, gradient = [s.new_zeros(())], None
+    scale = None if weights is None else weights.to(s.device)[tokens].to(s.dtype)
+    for weight, row_loss in terms:
+        loss, slope = row_loss(s, tokens)
+        sums.append(loss.sum() if scale is None else loss @ scale)
+        if weight != 0:
+            sums[0] = sums[0] + weight * sums[-1]
+            slope = slope if weight == 1 else slope.mul_(weight)
+            gradient = slope if gradient is None else gradient.add_(slope)
+    if gradient is not None and scale is not None:
+        gradient.mul_(scale.unsqueeze(1))
+    return torch.stack(sums), gradient
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+class _SumOverLogits(torch.autograd.Function):
+    """`sum_over_logits`, a chunk of kept tokens at a time."""
 
     @staticmethod
-    def forward(
-        ctx,
-        logits: Tensor,
-        keep: Tensor,
-        chunk_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> Tensor:
+    def forward(ctx, logits: Tensor, keep: Tensor, terms: tuple[Term, ...], weights: Tensor | None) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.new_zeros((), dtype=dtype)
+        sums = logits.new_zeros(1 + len(terms), dtype=dtype)
         gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
-        rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-        for tokens in keep.nonzero().squeeze(1).split(rows):
-            loss, chunk_gradient = chunk_loss(logits[tokens].to(dtype), tokens)
-            total += loss
-            if gradient is not None:
-                gradient[tokens] = chunk_gradient.to(gradient.dtype)
+        for tokens in chunks(keep, logits.shape[-1]):
+            of_chunk, slope = chunk_sums(terms, logits[tokens].to(dtype), tokens, weights)
+            sums += of_chunk
+            if gradient is not None and slope is not None:
+                gradient[tokens] = slope.to(gradient.dtype)
         ctx.gradient = gradient
-        return total
+        return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         # scaled out of place: a second backward through a retained graph must find the gradient unscaled
-        return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None
+        return ctx.gradient * upstream[0][0].to(ctx.gradient.dtype), None, None, None
