@@ -106,6 +106,7 @@ METHODS: dict[str, Method] = {
     "prune.vocabulary": Method(),
     "prune.structurize": Method(after=("prune.magnitude", {"sparsity": 0.5}), smaller=False),
     "share.kmeans": Method({"bits": 3, "scope": "tensor"} | TABLE),
+    "share.deep_kmeans": Method({"bits": 3, "scope": "tensor", "training": TRAINING}, refusals=(NO_LOSS,)),
     "share.hashed": Method({"compression": 4, "block": 8, "embeddings": {"exact": 16, "by": "id"}}),
     "quantize.rtn": Method(GRID | TABLE),
     "quantize.hqq": Method(GRID | TABLE | {"iterations": 3}),

@@ -1,3 +1,3 @@
 """Parameter sharing: many weights, few distinct values."""
 
-METHODS = ("kmeans", "hashed")
+METHODS = ("kmeans", "deep_kmeans", "hashed")
