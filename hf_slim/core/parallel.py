@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
 
 
 def is_main() -> bool:
@@ -19,3 +21,8 @@ def device() -> torch.device:
 def wait_for_all() -> None:
     """Return when every process has come here."""
     PartialState().wait_for_everyone()
+
+
+def sum_over_processes(sums: Tensor) -> Tensor:
+    """Sums of all processes together, float32 on the CPU."""
+    return reduce(sums.float().to(PartialState().device), reduction="sum").cpu()  # pyright: ignore

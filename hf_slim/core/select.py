@@ -137,6 +137,22 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     return stacks
 
 
+def choose_stack(model: nn.Module, name: str | None) -> Stack:
+    """The stack of that name, or the only one.
+
+    Raises:
+        PlanError: no such stack, or several to choose from.
+    """
+    stacks = {stack.name: stack for stack in find_stacks(model)}
+    if not stacks:
+        raise PlanError("the model has no repeated blocks")
+    if name is None and len(stacks) > 1:
+        raise PlanError(f"the model has several stacks of blocks; name one in `stack`: {', '.join(stacks)}")
+    if name is not None and name not in stacks:
+        raise PlanError(f"stack: {name!r} is none of the model's; {nearest(name, stacks)}")
+    return stacks[name or next(iter(stacks))]
+
+
 def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Every layer that hf_slim can work on, by name, in the model's order. Works on the meta device too."""
     places = {b: (i, len(stack.blocks)) for stack in find_stacks(model) for i, b in enumerate(stack.blocks)}

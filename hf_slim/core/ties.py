@@ -50,7 +50,7 @@ def tie(model: nn.Module, ties: Mapping[str, str]) -> Ties:
     lost: Ties = {}
     for target, source in ties.items():
         if target in parameters and source in parameters:
-            _put(model, target, parameters[source])
+            put_parameter(model, target, parameters[source])
         else:
             lost[target] = source
     return lost
@@ -65,7 +65,7 @@ def tied(model: nn.Module, ties: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         for target, parameter in kept.items():
-            _put(model, target, parameter)
+            put_parameter(model, target, parameter)
 
 
 def declare(model: PreTrainedModel) -> Ties:
@@ -111,6 +111,7 @@ def _blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{block}." for stack in find_stacks(model) for block in stack.blocks)
 
 
-def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Let a module have this parameter under the full name `name`."""
     module, _, key = name.rpartition(".")
     model.get_submodule(module)._parameters[key] = parameter

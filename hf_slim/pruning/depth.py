@@ -26,18 +26,18 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.errors import PlanError, nearest
+from hf_slim.core.errors import PlanError
 from hf_slim.core.forward import evaluating, logits_of
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.parallel import sum_over_processes
 from hf_slim.core.report import LayerReport, StageReport
-from hf_slim.core.select import Layer, Stack, find_layers, find_stacks
+from hf_slim.core.select import Layer, Stack, choose_stack, find_layers
 from hf_slim.core.shapes import keep_blocks, plan_blocks
 from hf_slim.evaluation.agreement import divergence
 
@@ -150,7 +150,7 @@ def removal_losses(
         for i, candidate in enumerate(candidates):
             sums[i] += divergence(passing.without(gone, candidate), passing.original)[0].double().sum().cpu()
         sums[-1] += len(passing.original)
-    sums = _over_processes(sums)
+    sums = sum_over_processes(sums)
     return sums[:-1] / sums[-1]
 
 
@@ -162,7 +162,7 @@ def influences(model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor
         for i in range(len(blocks)):
             sums[i] += influence(passing.inputs[i], passing.outputs[i]).double().mean().cpu() * len(batch)
         sums[-1] += len(batch)
-    sums = _over_processes(sums)
+    sums = sum_over_processes(sums)
     return sums[:-1] / sums[-1]
 
 
@@ -228,7 +228,7 @@ def _choose(
 
 def _settle(model: PreTrainedModel, config: Config) -> tuple[Stack, int]:
     """The stack, and how many of its blocks go."""
-    stack = _stack(model, config.stack)
+    stack = choose_stack(model, config.stack)
     total, needed = len(stack.blocks), _needed(model, stack)
     if config.keep is not None:
         _check_keep(model, stack, needed, config.keep)
@@ -241,17 +241,6 @@ def _settle(model: PreTrainedModel, config: Config) -> tuple[Stack, int]:
         why = f", and {_list(needed)} holds what the others need" if needed else ""
         raise PlanError(f"{stack.name} has {total} blocks{why}: {count} cannot go, {most} can; ask for fewer")
     return stack, count
-
-
-def _stack(model: nn.Module, name: str | None) -> Stack:
-    stacks = {stack.name: stack for stack in find_stacks(model)}
-    if not stacks:
-        raise PlanError("the model has no repeated blocks to remove")
-    if name is None and len(stacks) > 1:
-        raise PlanError(f"the model has several stacks of blocks; name one in `stack`: {', '.join(stacks)}")
-    if name is not None and name not in stacks:
-        raise PlanError(f"stack: {name!r} is none of the model's; {nearest(name, stacks)}")
-    return stacks[name or next(iter(stacks))]
 
 
 def _check_keep(model: PreTrainedModel, stack: Stack, needed: list[int], keep: tuple[int, ...]) -> None:
@@ -307,10 +296,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _own(windows: Tensor) -> Tensor:
     state = PartialState()
     return windows[state.process_index :: state.num_processes]
-
-
-def _over_processes(sums: Tensor) -> Tensor:
-    return reduce(sums.float().to(PartialState().device), reduction="sum").cpu()  # pyright: ignore
 
 
 def _list(numbers: Sequence[int]) -> str:
