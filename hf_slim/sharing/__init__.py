@@ -1,3 +1,3 @@
 """Parameter sharing: many weights, few distinct values."""
 
-METHODS = ("kmeans", "deep_kmeans", "hashed")
+METHODS = ("kmeans", "deep_kmeans", "recluster", "hashed", "low_rank", "tie")
