@@ -1,10 +1,12 @@
 """DistillationTrainer: `transformers.Trainer` whose loss is the divergence from a teacher's predictions.
 
-    loss = (alpha · Σ T² KL + (1 - alpha) · Σ cross entropy) / (kept tokens of the whole batch)
+    loss = (alpha · Σ T² D + (1 - alpha) · Σ cross entropy + Σ_f weight_f · Σ feature_f) / (kept tokens of the batch)
 
-The whole batch is what one optimizer step sees: all accumulated micro-batches on all processes. Dividing sums by that
+The batch is what one optimizer step sees: all accumulated micro-batches on all processes. Dividing sums by that
 one count, instead of averaging the micro-batches' means, is what makes the gradient independent of how the batch is cut
 up and padded. The same function (`losses.positions`) decides what is counted and what is summed.
+
+Neither model's logits exist for the whole batch where the models allow it and nobody asks for logits (`fused.py`).
 
 Where we differ from the Trainer's own language model loss: a padding position that precedes the first real token (left
 padding) does not count, so that left and right padding give the same loss; auxiliary losses that a model adds to its
@@ -13,92 +15,70 @@ label loss (mixture-of-experts balancing) are not added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.loss.loss_utils import (
-    LOSS_MAPPING,
-    ForCausalLMLoss,
-    ForMaskedLMLoss,
-    ForSequenceClassificationLoss,
-    ForTokenClassification,
-)
 
 from hf_slim.core.errors import DataError, ModelError, PlanError
-from hf_slim.distillation.losses import kl_divergence, label_cross_entropy, positions
+from hf_slim.distillation import fused, projections
+from hf_slim.distillation.arguments import DistillationConfig, check_trainer_options
+from hf_slim.distillation.averages import Average
+from hf_slim.distillation.features import FeatureLosses, read_features
+from hf_slim.distillation.losses import Term, against_labels, against_teacher, chunks, positions, sum_over_logits
+from hf_slim.distillation.pairs import check_pair, task_of
+from hf_slim.distillation.taps import Seen
 
-Task = Literal["causal", "masked", "token", "sequence"]
+__all__ = ["DistillationConfig", "DistillationTrainer", "check_pair", "task_of"]
 
-_TASKS: dict[Any, Task] = {
-    ForCausalLMLoss: "causal",
-    ForMaskedLMLoss: "masked",
-    ForTokenClassification: "token",
-    ForSequenceClassificationLoss: "sequence",
-}
 _LABELS = ("labels", "shift_labels")
-_NO_DISTRIBUTION = ("regression", "multi_label_classification")
 
 
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """`TrainingArguments` and the three dials of distillation.
+@dataclass(frozen=True)
+class _Taught:
+    """What the teacher has to say about a batch.
 
     Args:
-        temperature: T > 0; both models' logits are divided by it. 2.0 as in DistilBERT and oBERT.
-        alpha: share of the distillation loss, from 0 to 1; the labels' cross entropy has the rest. The default 1.0 is
-            right when a compressed model is to behave as it did before: the teacher knows more than the label. Use 0.5
-            to 0.9 when a smaller student learns a task from labelled data.
-        divergence: "forward_kl" (the student covers all that the teacher deems likely; best for perplexity) or
-            "reverse_kl" (the student concentrates on the teacher's main mode; used for generation).
+        shape: of its logits.
+        rows: gives those of some positions, [rows, vocab].
+        seen: what its inside showed, where features are compared.
+        maps: its attention maps, likewise.
     """
 
-    temperature: float = field(default=2.0, metadata={"help": "Both models' logits are divided by it; above 0."})
-    alpha: float = field(
-        default=1.0, metadata={"help": "Share of the distillation loss, 0 to 1; the label loss has the rest."}
-    )
-    divergence: Literal["forward_kl", "reverse_kl"] = field(
-        default="forward_kl",
-        metadata={"help": "forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher)."},
-    )
-
-    def __post_init__(self):
-        problems = []
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0, got {self.temperature}; 1 to 4 is usual")
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha is the share of the distillation loss, from 0 to 1, got {self.alpha}")
-        if self.divergence not in ("forward_kl", "reverse_kl"):
-            problems.append(f"divergence must be 'forward_kl' or 'reverse_kl', got {self.divergence!r}")
-        if problems:
-            raise PlanError(problems)
-        super().__post_init__()
+    shape: tuple[int, ...]
+    rows: Callable[[Tensor], Tensor]
+    seen: Seen | None = None
+    maps: Any = None
 
 
 class DistillationTrainer(Trainer):
     """Trains `model` to predict what `teacher` predicts, on labelled or unlabelled data.
 
     For causal and masked language models, sequence and token classification. A position counts if it has a label
-    (causal: the *next* token's label is not -100), or, without labels, if the attention mask is set. Logs the two parts
-    of the loss, before `alpha` weighs them, as `distillation_loss` and `label_loss`; evaluation reports both, too.
+    (causal: the *next* token's label is not -100), or, without labels, if the attention mask is set. Logs the parts of
+    the loss, before they are weighed, as `distillation_loss`, `label_loss` and `hidden_loss`, `embedding_loss`,
+    `attention_loss`, `relation_loss`; evaluation reports them, too.
 
     The teacher is frozen in place (eval mode, no gradients), moved to the student's device, and is no part of the
-    optimizer or of checkpoints. Every process holds the whole teacher.
+    optimizer or of checkpoints. Every process holds the whole teacher. Projections of feature losses are trained by the
+    same optimizer (without weight decay or clipping) and are in checkpoints, in a file of their own.
 
     Args:
         model: the student.
-        teacher: a model for the same task over the same vocabulary (or classes), of any size; None with `alpha` 0,
-            where labels alone teach.
+        teacher: a model for the same task over the same vocabulary (or classes), of any size; None with `alpha` 0
+            and no features, where labels alone teach.
         args: a `DistillationConfig`, or `TrainingArguments` for the defaults of distillation.
         kwargs: everything else that `Trainer` takes.
 
     Raises:
         ModelError: teacher and student do not fit; names both sizes and the way out.
-        PlanError: options of the Trainer that distillation cannot honour.
+        PlanError: options of the Trainer, or features, that cannot be honoured with these models.
     """
 
     loss_is_scaled_for_ga = True
@@ -111,16 +91,16 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         args = DistillationConfig() if args is None else args
-        _check_options(args, kwargs)
+        settings = args if isinstance(args, DistillationConfig) else DistillationConfig
+        features = read_features(settings.features)
+        check_trainer_options(args, kwargs)
         if teacher is not None:
             check_pair(model, teacher)
-        settings = args if isinstance(args, DistillationConfig) else DistillationConfig
-        self.temperature, self.alpha, self.divergence = settings.temperature, settings.alpha, settings.divergence
-        if teacher is None and self.alpha > 0:
-            raise PlanError(
-                f"alpha={self.alpha} needs a teacher, got None; pass one, or set alpha=0 to use labels alone"
-            )
-        self.task = task_of(model)
+        elif settings.alpha > 0 or features:
+            needs = f"alpha={settings.alpha}" if settings.alpha > 0 else "features"
+            raise PlanError(f"{needs} needs a teacher, got None; pass one, or set alpha=0 to use labels alone")
+        self.settings, self.task = settings, task_of(model)
+        self.features = FeatureLosses(features, model, teacher, args.seed) if features and teacher is not None else None
         super().__init__(model, args, **kwargs)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise PlanError(
@@ -131,56 +111,81 @@ class DistillationTrainer(Trainer):
         if teacher is not None and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)
         self._teacher_accepts = None if teacher is None else _accepted(teacher)
+        self._fused = self._may_fuse()
+        self._teacher_fused = teacher is not None and settings.fused is not False and fused.why_not(teacher) is None
+        self._loss_only = False  # True while an evaluation wants no logits
+        if self._projections:
+            self._projections.to(self.args.device)
+            self.add_callback(projections.AverageGradients(self._projections, self.accelerator))
         self.current_gradient_accumulation_steps = 1  # the Trainer's; it sets it only once training has begun
-        self._parts = {"train": _Average(), "eval": _Average()}
+        self._parts = {"train": Average(), "eval": Average()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, already scaled for accumulation and for the mean over processes (see `Trainer`)."""
         targets, keep = self._positions(inputs)
-        if targets is None and self.alpha < 1:
-            raise DataError(f"alpha={self.alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
+        alpha = self.settings.alpha
+        if targets is None and alpha < 1:
+            raise DataError(f"alpha={alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
         features = {name: value for name, value in inputs.items() if name not in _LABELS}
-        outputs = model(**features)
-        student = outputs.logits.reshape(-1, outputs.logits.shape[-1])
-        rows, keep = outputs.logits.shape[0], keep.to(student.device)
+        features |= {"output_attentions": True} if self.features is not None and self.features.maps else {}
+        taught = None if self.teacher is None else self._teach(features)
+        terms: dict[str, Term] = {}
+        if taught is not None:
+            terms["distillation_loss"] = (alpha, self._against(taught))
+        if targets is not None and (alpha < 1 or not model.training):
+            terms["label_loss"] = (1 - alpha, against_labels(targets))
 
-        losses: dict[str, Tensor] = {}
-        if self.teacher is not None:
-            teacher = self._teach(outputs.logits, features)
-            losses["distillation_loss"] = kl_divergence(student, teacher, keep, self.temperature, self.divergence)
-            self._check_finite(losses["distillation_loss"], teacher, keep, rows)
-        if targets is not None and (self.alpha < 1 or not model.training):
-            losses["label_loss"] = label_cross_entropy(student, targets.to(student.device), keep)
-        count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=student.device)
-        processes = 1 if num_items_in_batch is None else self._processes()
-        losses = {name: loss * processes / count.clamp(min=1) for name, loss in losses.items()}
-        self._record(losses, training=model.training, rows=rows)
-
-        weights = {"distillation_loss": self.alpha, "label_loss": 1 - self.alpha}
-        loss = sum((weights[name] * part for name, part in losses.items()), student.new_zeros(()))
+        watched = nullcontext() if self.features is None else self.features.watch(self.model, teacher=False)
+        logits_wanted = return_outputs and not self._loss_only
+        with watched as seen:
+            sums, outputs = self._sums(model, features, keep, list(terms.values()), taught, logits_wanted)
+        parts = dict(zip(terms, sums[1:].detach(), strict=True))
+        total, keep = sums[0], keep.to(sums.device)
+        if taught is not None:
+            self._check_finite(parts["distillation_loss"], taught, keep)
+        if self.features is not None:
+            inside = self._inside(inputs, keep, seen, taught, outputs)
+            weights = self.features.weights(self.state.global_step / max(1, self.state.max_steps))
+            total = sum((weights[name] * loss for name, loss in inside.items()), total)
+            parts |= {name: loss.detach() for name, loss in inside.items()}
+        count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=sums.device)
+        scale = (1 if num_items_in_batch is None else self._processes()) / count.clamp(min=1)
+        rows = _tokens(inputs).shape[0]
+        self._record({name: loss * scale for name, loss in parts.items()}, training=model.training, rows=rows)
+        loss = total * scale
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in `Trainer`, and a batch without labels has a loss as well: the teacher supplies the targets."""
         names, self.label_names = self.label_names, [name for name in self.label_names if name in inputs]
+        self._loss_only = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
-            self.label_names = names
+            self.label_names, self._loss_only = names, False
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As in `Trainer`, with both parts of the loss among the metrics."""
-        self._parts["eval"] = _Average()
+        """As in `Trainer`, with the parts of the loss among the metrics."""
+        self._parts["eval"] = Average()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         parts = self._parts["eval"].take(self.accelerator)
         named = {f"{metric_key_prefix}_{name}": value for name, value in parts.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`, with both parts of the training loss, averaged over the same steps as `loss`."""
+        """As in `Trainer`, with the parts of the training loss, averaged over the same steps as `loss`."""
         if "loss" in logs:
             logs.update(self._parts["train"].take(self.accelerator))
         super().log(logs, start_time)
+
+    def create_optimizer(self, model=None):
+        """As in `Trainer`, and the projections of feature losses are trained with the student."""
+        optimizer = super().create_optimizer(model)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in self._projections.parameters() if id(p) not in trained]
+        if new:
+            optimizer.add_param_group({"params": new, "weight_decay": 0.0})
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Kept positions of all micro-batches on all processes.
@@ -202,8 +207,7 @@ class DistillationTrainer(Trainer):
 
     def _positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
         """Targets and kept positions of a batch, flattened; see `losses.positions`."""
-        first = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        shape = first.shape[:1] if self.task == "sequence" else first.shape[:2]
+        shape = _tokens(inputs).shape[: 1 if self.task == "sequence" else 2]
         labels, mask = inputs.get("shift_labels", inputs.get("labels")), inputs.get("attention_mask")
         if labels is not None and (labels.shape != shape or labels.is_floating_point()):
             raise DataError(
@@ -214,26 +218,102 @@ class DistillationTrainer(Trainer):
             mask = None
         return positions(shape, labels, mask, shift=self.task == "causal" and "shift_labels" not in inputs)
 
-    def _teach(self, student: Tensor, features: dict[str, Any]) -> Tensor:
-        """The teacher's logits, [tokens, vocab], for those of the student."""
-        known = self._teacher_accepts
-        features = {name: value for name, value in features.items() if known is None or name in known}
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(**features).logits  # pyright: ignore[reportOptionalCall]
-        if student.shape != teacher.shape:
-            raise ModelError(
-                f"the teacher's logits have shape {list(teacher.shape)}, the student's {list(student.shape)}; "
-                "both must see the same tokens and predict over the same vocabulary (or classes)"
-            )
-        return teacher.to(student.device).reshape(-1, student.shape[-1])
+    @property
+    def _projections(self) -> nn.ModuleDict:
+        return nn.ModuleDict() if self.features is None else self.features.projections
 
-    def _check_finite(self, loss: Tensor, teacher: Tensor, keep: Tensor, rows: int) -> None:
+    def _may_fuse(self) -> bool:
+        """Whether the student's losses may be computed from its hidden states.
+
+        Raises:
+            PlanError: it was asked for, and cannot be.
+        """
+        reason, head = None, fused.head_of(self.model)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            reason = "FSDP and DeepSpeed shard the head's weight"
+        elif self.args.torch_compile or self.args.n_gpu > 1:
+            reason = "a compiled model, or one on several GPUs of a process, cannot be given another head for a moment"
+        elif self.settings.fused is not False:
+            reason = fused.why_not(self.model)
+        if self.settings.fused and (reason or not fused.is_plain(head)):
+            reason = reason or f"the head is no plain linear layer but {type(head).__name__}, or watched by hooks"
+            raise PlanError(
+                f"fused=True is not possible here: {reason}; leave it out to fuse only where it is possible"
+            )
+        return self.settings.fused is not False and reason is None
+
+    def _against(self, taught: _Taught):
+        chosen = self.settings
+        return against_teacher(taught.rows, chosen.temperature, chosen.divergence, beta=chosen.beta, skew=chosen.skew)
+
+    def _teach(self, features: dict[str, Any]) -> _Taught:
+        """What the teacher predicts for a batch."""
+        teacher, known = self.teacher, self._teacher_accepts
+        assert teacher is not None
+        features = {name: value for name, value in features.items() if known is None or name in known}
+        head = fused.head_of(teacher) if self._teacher_fused else None
+        swapped = nullcontext() if head is None else fused.replaced(head, lambda hidden: hidden)
+        watched = nullcontext() if self.features is None else self.features.watch(teacher, teacher=True)
+        with torch.no_grad(), self.accelerator.autocast(), swapped, watched as seen:
+            outputs = teacher(**features)
+        maps = outputs.get("attentions")
+        if head is None:
+            flat = outputs.logits.reshape(-1, outputs.logits.shape[-1])
+            return _Taught(tuple(outputs.logits.shape), lambda tokens: flat[tokens.to(flat.device)], seen, maps)
+        rows = fused.teacher_rows(head, outputs.logits, self.accelerator.autocast)
+        vocabulary = rows(torch.zeros(1, dtype=torch.long)).shape[-1]
+        return _Taught((*outputs.logits.shape[:-1], vocabulary), rows, seen, maps)
+
+    def _sums(
+        self,
+        model: nn.Module,
+        features: dict[str, Any],
+        keep: Tensor,
+        terms: list[Term],
+        taught: _Taught | None,
+        logits_wanted: bool,
+    ) -> tuple[Tensor, Any]:
+        """The weighted total and each part, summed over the kept positions, and what the student put out."""
+        head: Any = fused.head_of(self.model)
+        if not self._fused or logits_wanted or not fused.is_plain(head):
+            outputs = model(**features)
+            _check_shapes(tuple(outputs.logits.shape), taught)
+            return sum_over_logits(outputs.logits.flatten(0, -2), keep, terms), outputs
+
+        def losses(hidden: Tensor) -> Tensor:
+            weight = head.weight
+            _check_shapes((*hidden.shape[:-1], weight.shape[0]), taught)
+            return fused.sum_over_hidden(hidden.flatten(0, -2), weight, head.bias, keep, terms)
+
+        with fused.replaced(head, losses):
+            outputs = model(**features)
+        return outputs.logits, outputs
+
+    def _inside(
+        self, inputs: Mapping[str, Any], keep: Tensor, seen: Any, taught: Any, outputs: Any
+    ) -> dict[str, Tensor]:
+        """The feature losses, summed over the positions that count; a sequence's class counts as one position."""
+        shape, mask = tuple(_tokens(inputs).shape[:2]), inputs.get("attention_mask")
+        fits = mask is not None and mask.shape == shape
+        real = (mask != 0).to(keep.device) if fits else torch.ones(shape, dtype=torch.bool, device=keep.device)
+        if self.task == "sequence":
+            weights = keep.unsqueeze(1) * real / real.sum(1, keepdim=True).clamp(min=1)
+        else:
+            weights = keep.view(shape).float()
+        maps = (outputs.get("attentions"), taught.maps)
+        return self.features.sums(seen, taught.seen, weights, real, maps)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _check_finite(self, loss: Tensor, taught: _Taught, keep: Tensor) -> None:
         """Refuse a teacher that predicts NaN or infinity; a student that diverges is the Trainer's business."""
         if torch.isfinite(loss):
             return
-        # -inf is a probability of zero, and legal unless the whole row is
-        bad = (teacher.isnan() | (teacher == torch.inf)).any(-1) | (teacher == -torch.inf).all(-1)
-        where = (bad & keep).view(rows, -1).any(-1).nonzero().squeeze(1).tolist()
+        wrong = []
+        for tokens in chunks(keep, taught.shape[-1]):
+            logits = taught.rows(tokens)
+            # -inf is a probability of zero, and legal unless the whole row is
+            bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
+            wrong.append(tokens[bad.to(tokens.device)])
+        where = sorted({token // (len(keep) // taught.shape[0]) for token in torch.cat(wrong).tolist()})
         if where:
             raise ModelError(
                 f"the teacher's logits hold NaN or infinite values at step {self.state.global_step}, rows {where} of "
@@ -247,92 +327,34 @@ class DistillationTrainer(Trainer):
         else:
             self._parts["eval"].add(parts, weight=rows, scale=rows)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As in `Trainer`, with the projections of feature losses."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._projections and self.args.should_save:
+            projections.save(self._projections, Path(output_dir))
 
-def task_of(model: PreTrainedModel) -> Task:
-    """What the model's logits predict, told by the loss that transformers attaches to its class.
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As in `Trainer`, with the projections of feature losses."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._projections:
+            projections.load(self._projections, Path(checkpoint))
 
-    Raises:
-        ModelError: neither a causal or masked language model nor a token or sequence classifier.
-    """
-    # a class that names no loss (GPT2LMHeadModel) gets the causal one from transformers as well
-    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
-    if loss not in _TASKS or model.config.is_encoder_decoder:
+
+def _tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """What a model reads, [batch, length] or [batch, length, width]."""
+    return inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+
+
+def _check_shapes(student: tuple[int, ...], taught: _Taught | None) -> None:
+    """Refuse a teacher that saw other tokens or predicts over another vocabulary."""
+    if taught is not None and student != taught.shape:
         raise ModelError(
-            f"{type(model).__name__} cannot be distilled: only causal and masked language models, token and sequence "
-            "classifiers have logits that two models can be compared by"
+            f"the teacher's logits have shape {list(taught.shape)}, the student's {list(student)}; "
+            "both must see the same tokens and predict over the same vocabulary (or classes)"
         )
-    return _TASKS[loss]
-
-
-def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a teacher that cannot teach this student.
-
-    Raises:
-        ModelError: another task, another vocabulary or number of classes, or weights in common; all problems at once.
-    """
-    task, teacher_task = task_of(student), task_of(teacher)
-    problems = []
-    if task != teacher_task:
-        problems.append(
-            f"the teacher {type(teacher).__name__} and the student {type(student).__name__} predict different things; "
-            "load both with the same AutoModelFor... class"
-        )
-    elif task in ("token", "sequence") and student.config.num_labels != teacher.config.num_labels:
-        problems.append(
-            f"the teacher predicts {teacher.config.num_labels} classes, the student {student.config.num_labels}; "
-            f"load the student with num_labels={teacher.config.num_labels}"
-        )
-    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        problems.append(
-            f"the teacher's vocabulary has {sizes[0]} entries, the student's {sizes[1]}; choose a teacher with the "
-            "same tokenizer. If the tokenizers are equal and one table is merely padded, cut or pad it first: "
-            f"teacher.resize_token_embeddings({sizes[1]})"
-        )
-    if task == "sequence" and (student.config.num_labels == 1 or student.config.problem_type in _NO_DISTRIBUTION):
-        problems.append("regression and multi-label models cannot be distilled: their outputs are no distribution")
-    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
-        problems.append(
-            "teacher and student share weights, so freezing the teacher would freeze the student; "
-            "pass teacher=copy.deepcopy(model), made before adapters are added"
-        )
-    if problems:
-        raise ModelError(problems)
-
-
-def _check_options(args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    """Refuse what the Trainer would otherwise accept and distillation would ignore."""
-    problems = []
-    if args.label_smoothing_factor != 0:
-        problems.append("label_smoothing_factor has no effect in distillation: the teacher is smooth; set it to 0")
-    if options.get("compute_loss_func") is not None:
-        problems.append("compute_loss_func would be ignored: DistillationTrainer computes the loss; leave it out")
-    if args.use_liger_kernel:
-        problems.append("use_liger_kernel hides the student's logits, which distillation compares; set it to False")
-    if problems:
-        raise PlanError(problems)
 
 
 def _accepted(model: nn.Module) -> set[str] | None:
     """Names of inputs that the model's forward takes; None for any."""
     parameters = signature(model.forward).parameters.values()
     return None if any(p.kind == Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
-
-
-class _Average:
-    """A weighted running mean of named losses, kept on the device so that no step waits for a read-out."""
-
-    def __init__(self):
-        self.totals: dict[str, Tensor] = {}
-        self.weight = 0.0
-
-    def add(self, parts: dict[str, Tensor], *, weight: float, scale: float) -> None:
-        for name, loss in parts.items():
-            self.totals[name] = self.totals.get(name, 0.0) + loss.detach() * scale
-        self.weight += weight
-
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """The means over all processes; starts anew."""
-        means = {name: total / self.weight for name, total in self.totals.items()}
-        self.totals, self.weight = {}, 0.0
-        return {name: accelerator.gather(mean).mean().item() for name, mean in means.items()}
