@@ -28,6 +28,9 @@ from hf_slim.pruning.targets import Target, find_targets, make_dense
 if TYPE_CHECKING:
     from hf_slim.pruning.gradual import Config
 
+_ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad)
+"""Optimizers that move every weight by its own gradient alone."""
+
 logger = logging.getLogger("hf_slim.pruning.gradual")
 
 
@@ -118,9 +121,10 @@ class PruningHooks(TrainerCallback, ExportableState):
         self._begin(args, state)
 
     def on_pre_optimizer_step(self, args, state, control, *, optimizer=None, **kwargs):
-        """Hand the gradients to the scores, and clear those of pruned weights."""
+        """Hand the gradients to the scores, and clear those of pruned weights if that makes a difference."""
         if self._pruner is not None:
-            self._pruner.before_step(scored=self._unscaled(args, optimizer))
+            cleared = type(_innermost(optimizer)) not in _ELEMENTWISE
+            self._pruner.before_step(scored=self._unscaled(args, optimizer), cleared=cleared)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Set pruned weights back to zero."""
@@ -195,10 +199,7 @@ class PruningHooks(TrainerCallback, ExportableState):
         if scaler is None or self._pruner is None or not (self._pruner.scores or self._pruner.dense):
             return True
         if not args.max_grad_norm:  # clipping has done it otherwise
-            inner = optimizer
-            while hasattr(inner, "optimizer"):
-                inner = inner.optimizer
-            scaler.unscale_(inner)
+            scaler.unscale_(_innermost(optimizer))
         gradients = [target.gradient for target in self.targets.values()]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
 
@@ -217,6 +218,13 @@ class PruningHooks(TrainerCallback, ExportableState):
             weights
         )
         return coarse / sum(W.numel() for W in weights.values())
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer itself, whatever `accelerate` has put around it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _units(model: nn.Module, targets: dict[str, Target], config: Config) -> list[Units]:

@@ -1,6 +1,7 @@
 """What pruning does to weights around an optimizer's step, whoever makes the step. `gradual.py` says when.
 
-    before_step   scores see the gradients; pruned weights lose theirs (or get their dense values back, `shadow.py`)
+    before_step   scores see the gradients; pruned weights lose theirs, where the optimizer would let others feel them
+                  (or get their dense values back, `shadow.py`)
     after_step    pruned weights are zero again, whatever momentum and decay did to them
     update        masks are taken anew from weights and scores
 
@@ -21,7 +22,7 @@ from hf_slim.encodings.packing import pack_mask, unpack_mask
 from hf_slim.pruning.adapters import mask_adapters
 from hf_slim.pruning.masks import drop
 from hf_slim.pruning.scores import Score, add_movement, blend_taylor
-from hf_slim.pruning.shadow import cover, uncover
+from hf_slim.pruning.shadow import add_decay, mask_into
 from hf_slim.pruning.targets import Target
 
 Rank = Callable[..., dict[str, Tensor]]
@@ -104,17 +105,33 @@ class Pruner:
                 self._alive[name] = alive
 
     @torch.no_grad()
-    def before_step(self, scored: bool = True) -> None:
-        """With the gradients that the optimizer is about to use; `scored`: they are fit to be scored."""
+    def before_step(self, *, scored: bool = True, cleared: bool = True) -> None:
+        """With the gradients that the optimizer is about to use.
+
+        Args:
+            scored: they are fit to be scored.
+            cleared: take those of pruned weights away. An optimizer that treats every weight by itself need not be
+                spared them: after its step those weights are zero whatever it did.
+        """
         if scored:
             self._score()
         for name, keep in self.keep.items():
             target = self.targets[name]
             gradient = target.gradient
             if name in self.dense:
-                uncover(target.weight, gradient, self.dense[name], self._alive.get(name), self.memory.decay or 0.0)
-            elif gradient is not None:
+                self._uncover(name, gradient)
+            elif gradient is not None and cleared:
                 drop(gradient, keep)
+
+    def _uncover(self, name: str, gradient: Tensor | None) -> None:
+        """Let the optimizer see the dense weights, and gradients with the decay of those that are masked."""
+        target, D = self.targets[name], self.dense[name]
+        if gradient is not None:
+            if self.memory.decay:
+                add_decay(gradient, target.weight, D, self.memory.decay)
+            if (alive := self._alive.get(name)) is not None:
+                drop(gradient, alive)
+        self.dense[name] = target.exchange(D)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -122,7 +139,11 @@ class Pruner:
         for name, keep in self.keep.items():
             target = self.targets[name]
             if name in self.dense:
-                cover(target.weight, self.dense[name], keep, self._alive.get(name))
+                if (alive := self._alive.get(name)) is not None:
+                    drop(target.weight, alive)
+                W = self.dense[name]
+                mask_into(W, target.weight, keep)
+                self.dense[name] = target.exchange(W)
             elif target.trained:
                 drop(target.weight, keep)
 

@@ -8,8 +8,9 @@ to all of D. When masks are taken anew, from D, a weight that has grown may come
 towards zero, so that masks settle.
 
 The model's parameter holds W, the masked weight, whenever anyone looks: in forward and backward passes, in evaluation
-and in checkpoints. Only for the optimizer's step it holds D. So no forward pass is replaced, and the zeros that a
-checkpoint shows are the real ones. D is saved beside the checkpoint.
+and in checkpoints. Only for the optimizer's step it holds D: the two trade places, without a copy where a parameter is
+one matrix. So no forward pass is replaced, and the zeros that a checkpoint shows are the real ones. D is saved beside
+the checkpoint.
 
 A weight of D that is exactly zero was pruned before training began: it gets no gradient and does not come back.
 
@@ -22,37 +23,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hf_slim.pruning.masks import drop
 
-
-def uncover(
-    W: Float[Tensor, "rows cols"],
-    g: Float[Tensor, "rows cols"] | None,
-    D: Float[Tensor, "rows cols"],
-    alive: Bool[Tensor, "rows cols"] | None,
-    decay: float,
+def add_decay(
+    g: Float[Tensor, "rows cols"], W: Float[Tensor, "rows cols"], D: Float[Tensor, "rows cols"], decay: float
 ) -> None:
-    """Before the optimizer's step, in place: put D into W, and the decay of pruned weights into g.
-
-    Args:
-        W: keep ⊙ D, so that D - W is what is pruned.
-        alive: False where D is zero for good; None if it is so nowhere.
-    """
-    if g is not None:
-        g.add_(torch.sub(D, W), alpha=decay)
-        if alive is not None:
-            drop(g, alive)
-    W.copy_(D)
+    """g += decay (1 - keep) ⊙ D, in place. W = keep ⊙ D is lost: its memory saves that of a difference."""
+    g.sub_(W.sub_(D), alpha=decay)
 
 
-def cover(
-    W: Float[Tensor, "rows cols"],
-    D: Float[Tensor, "rows cols"],
-    keep: Bool[Tensor, "rows cols"],
-    alive: Bool[Tensor, "rows cols"] | None,
-) -> None:
-    """After the optimizer's step, in place: take D out of W, and mask W."""
-    if alive is not None:
-        drop(W, alive)
-    D.copy_(W)
-    drop(W, keep)
+def mask_into(W: Float[Tensor, "rows cols"], D: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"]) -> None:
+    """W = keep ⊙ D."""
+    torch.mul(D, keep.view(torch.uint8), out=W)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -67,6 +68,16 @@ class Target:
     def trained(self) -> bool:
         """Whether it gets gradients."""
         return self._stored.requires_grad
+
+    def exchange(self, W: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+        """Put W into the parameter; what it held. W becomes the parameter's memory if it has that to itself."""
+        if self.expert is None:
+            held = self._stored.data
+            self._stored.data = self.oriented(W)  # turned twice, it lies as the parameter does
+            return self.oriented(held)
+        held = self.weight.clone()
+        self.weight.copy_(W)
+        return held
 
     def oriented(self, stored: Tensor) -> Tensor:
         """The target's part of a tensor that is laid out as the parameter, as [rows, cols]."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.select import Select
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.pruning import callback as hooks
 from hf_slim.pruning.gradual import Config, GradualMagnitudePruning, gradual_masks
 from hf_slim.pruning.targets import find_targets
 from hf_slim.pruning.trainer import PruningTrainer
@@ -155,13 +156,28 @@ def test_bfloat16_weights_are_pruned_exactly(tmp_path):
         assert zeros(module) == round(0.5 * module.weight.numel())
 
 
-def test_optimizer_state_does_not_grow_on_pruned_weights(tmp_path):
-    trainer = make(tmp_path, {"sparsity": 0.5, "initial_sparsity": 0.5, "end": 1, "begin": 0})
-    trainer.train()
-    for name, keep in trainer.pruning.masks.items():
-        moments = trainer.optimizer.state[trainer.model.get_submodule(name).weight]
-        assert (moments["exp_avg"][~keep] == 0).all()
-        assert (moments["exp_avg"][keep] != 0).any()
+def test_gradients_of_pruned_weights_reach_only_optimizers_that_let_no_other_weight_feel_them(tmp_path):
+    """AdamW trains the very same weights, whether they are cleared or not; Adafactor, whose scales are shared, not."""
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            cleared.append(
+                all((target.gradient[target.weight == 0] == 0).all() for target in trainer.pruning.targets.values())
+            )
+
+    schedule = {"sparsity": 0.5, "initial_sparsity": 0.5, "end": 1, "begin": 0}
+    trained = {}
+    for optim, listed in (("adamw_torch", True), ("adamw_torch", False), ("adafactor", False)):
+        cleared = []
+        with pytest.MonkeyPatch.context() as patch:
+            if not listed:
+                patch.setattr(hooks, "_ELEMENTWISE", ())
+            trainer = make(tmp_path, schedule, optim=optim, max_steps=4)
+            trainer.add_callback(Gradients())
+            trainer.train()
+        assert cleared == [not listed] * 4
+        trained[optim, listed] = training.weights(trainer.model)
+    assert torch.equal(trained["adamw_torch", True], trained["adamw_torch", False])
 
 
 class Killed(Exception):

@@ -14,7 +14,9 @@ import pytest
 import tiny
 import torch
 import training
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import hf_slim
 from hf_slim.core.errors import ModelError, PlanError
@@ -27,7 +29,9 @@ from hf_slim.pruning import gradual
 from hf_slim.pruning.checkpoint import FILE
 from hf_slim.pruning.gradual import GradualMagnitudePruning
 from hf_slim.pruning.groups import unit_scores
-from hf_slim.pruning.shadow import uncover
+from hf_slim.pruning.pruner import Memory, Pruner
+from hf_slim.pruning.shadow import add_decay, mask_into
+from hf_slim.pruning.targets import Target
 
 HERE = Path(__file__).parent
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
@@ -176,12 +180,36 @@ def test_decay_pulls_what_is_pruned_towards_zero(tmp_path):
 
 
 def test_only_pruned_weights_decay():
-    """By hand: the gradient gets decay times D where D is masked, and W becomes D."""
+    """By hand: the gradient gets decay times D where D is masked."""
     D, keep = torch.tensor([[1.0, -2.0, 4.0]]), torch.tensor([[True, False, False]])
     W, g = D * keep, torch.ones(1, 3)
-    uncover(W, g, D, None, decay=0.5)
+    add_decay(g, W, D, decay=0.5)
     assert g.tolist() == [[1.0, 0.0, 3.0]]
-    assert torch.equal(W, D)
+    mask_into(W, D, keep)
+    assert W.tolist() == [[1.0, 0.0, 0.0]]
+    assert D.tolist() == [[1.0, -2.0, 4.0]]
+
+
+def test_the_parameter_and_the_shadow_trade_places_whatever_the_layout():
+    """One step by hand on a linear layer, a transposed one and an expert of a fused weight: W masked, D all moved."""
+    dense = torch.arange(1.0, 13.0).view(3, 4)
+    fused = nn.Module()
+    fused.up = nn.Parameter(torch.stack([dense, dense]))
+    linear, turned = nn.Linear(4, 3, bias=False), Conv1D(3, 4)
+    linear.weight.data, turned.weight.data = dense.clone(), dense.T.contiguous()
+    for target in (Target(linear), Target(turned, turned=True), Target(fused, "up", expert=1)):
+        parameter = target.module.get_parameter(target.parameter)
+        pruner = Pruner({"W": target}, lambda weights, sparsity, **_: {"W": weights["W"] > 6}, Memory(decay=0.0))
+        pruner.update(0.5, 0)
+        parameter.grad = torch.ones_like(parameter)
+        pruner.before_step()
+        assert torch.equal(target.weight, dense)
+        torch.optim.SGD([parameter], lr=0.5).step()
+        pruner.after_step()
+        assert torch.equal(target.weight, (dense - 0.5) * (dense > 6))
+        assert torch.equal(pruner.dense["W"], dense - 0.5)
+        assert parameter.is_contiguous()
+    assert torch.equal(fused.up[0], dense - 0.5)  # no target: trained as ever
 
 
 def test_a_units_score_counts_what_writes_it_and_what_reads_it():
