@@ -24,6 +24,7 @@ from hf_slim.core.model import ModelSource
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.size import count_weights, stored_bytes
 from hf_slim.core.stage import Stage
+from hf_slim.core.ties import find_ties
 from hf_slim.labels import label_problems
 from hf_slim.methods import changes_model, data_needed, find_method, is_export
 from hf_slim.recipe import Recipe
@@ -154,6 +155,8 @@ def plan_stage(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -
         PlanError: what this stage cannot do.
     """
     method, config = find_method(stage.method), stage.options
+    if "tied" not in method.RULES.preserves and find_ties(model):
+        raise PlanError(f"{stage.method} cannot work on this model: {_LOSSES['tied']}; use it before share.tie")
     if is_export(stage.method):
         if problems := method.problems(layers, config, model):
             raise PlanError(problems)
@@ -170,10 +173,12 @@ def order_problems(stages: tuple[Stage, ...]) -> list[str]:
     for number, stage in enumerate(stages, 1):
         rules = find_method(stage.method).RULES
         for what, (earlier, maker) in made.items():
-            if not {what, *_HARDER.get(what, ())} & {*rules.preserves} and not is_export(stage.method):
+            export = is_export(stage.method)
+            if not {what, *_HARDER.get(what, ())} & {*rules.preserves} and (what == "tied" or not export):
+                remedy = f"leave {maker} out" if export else f"put {stage.method} before {maker}"
                 problems.append(
                     f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
-                    f"{_LOSSES.get(what, what)}; put {stage.method} before {maker}"
+                    f"{_LOSSES.get(what, what)}; {remedy}"
                 )
         made |= dict.fromkeys(_makes(stage), (number, stage.method))
         later = [(n, s.method) for n, s in enumerate(stages[number:], number + 1) if changes_model(s.method)]
@@ -209,6 +214,7 @@ def place_problems(stages: tuple[Stage, ...]) -> list[str]:
 
 
 _LOSSES = {
+    "tied": "its blocks share weights, and each would need its own",
     "codes": "it trains weights, and those are stored as integer codes by then",
     "centroids": "it changes single weights, and those share values by then",
     "zeros": "it would fill the pruned zeros again",

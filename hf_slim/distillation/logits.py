@@ -36,7 +36,7 @@ from hf_slim.methods import find_method
 
 PREVIOUS = "previous"
 RULES = Rules(
-    needs=("train", "original"), preserves=("zeros", "centroids"), paper="Hinton et al. 2015, arXiv:1503.02531"
+    needs=("train", "original"), preserves=("zeros", "centroids", "tied"), paper="Hinton et al. 2015, arXiv:1503.02531"
 )
 
 

@@ -27,7 +27,7 @@ from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer
 
-RULES = Rules(needs=("held_out", "labels", "original"), preserves=("zeros", "codes", "foreign"))
+RULES = Rules(needs=("held_out", "labels", "original"), preserves=("zeros", "codes", "foreign", "tied"))
 
 
 class Config(MethodConfig):

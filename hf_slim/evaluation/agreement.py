@@ -28,7 +28,9 @@ from hf_slim.core.report import StageReport
 CHUNK = 128  # rows whose float32 distributions exist at a time: 25 MB each at a vocabulary of 49,152
 
 
-RULES = Rules(needs=("held_out", "original"), preserves=("zeros", "codes", "foreign"), paper="Kullback & Leibler 1951")
+RULES = Rules(
+    needs=("held_out", "original"), preserves=("zeros", "codes", "foreign", "tied"), paper="Kullback & Leibler 1951"
+)
 
 
 class Config(MethodConfig):

@@ -28,7 +28,7 @@ from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.encodings.modules import cache_decoded
 
-RULES = Rules(needs=("original",), preserves=("zeros", "codes", "foreign"))
+RULES = Rules(needs=("original",), preserves=("zeros", "codes", "foreign", "tied"))
 
 
 class Config(MethodConfig):

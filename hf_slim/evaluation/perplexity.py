@@ -35,7 +35,9 @@ from hf_slim.core.report import StageReport
 CHUNK = 128  # positions whose float32 logits exist at a time: 25 MB at a vocabulary of 49,152
 
 
-RULES = Rules(needs=("held_out", "original"), preserves=("zeros", "codes", "foreign"), paper="Jelinek et al. 1977")
+RULES = Rules(
+    needs=("held_out", "original"), preserves=("zeros", "codes", "foreign", "tied"), paper="Jelinek et al. 1977"
+)
 
 
 class Config(MethodConfig):

@@ -44,7 +44,10 @@ from hf_slim.pruning.pattern import parse_pattern
 from hf_slim.pruning.survivors import damped, refit
 
 RULES = Rules(
-    needs=("calibration",), makes=("zeros",), preserves=("zeros", "codes"), paper="Meng et al. 2024, arXiv:2406.07831"
+    needs=("calibration",),
+    makes=("zeros",),
+    preserves=("zeros", "codes", "tied"),
+    paper="Meng et al. 2024, arXiv:2406.07831",
 )
 
 RHO = 0.1  # at the start, beside a diagonal of one

@@ -43,7 +43,7 @@ from hf_slim.evaluation.agreement import divergence
 
 RULES = Rules(
     needs=("calibration",),
-    preserves=("zeros", "codes"),
+    preserves=("zeros", "codes", "tied"),
     paper="Muralidharan et al. 2024, arXiv:2407.14679",
 )
 

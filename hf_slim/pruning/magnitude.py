@@ -29,7 +29,7 @@ from hf_slim.encodings import Sparse
 from hf_slim.pruning.masks import global_masks, magnitude_mask, n_m_mask
 from hf_slim.pruning.pattern import Pattern, block_of, column_problems, pack, parse_pattern, stored
 
-RULES = Rules(makes=("zeros",), preserves=("zeros", "codes"), paper="Han et al. 2015, arXiv:1506.02626")
+RULES = Rules(makes=("zeros",), preserves=("zeros", "codes", "tied"), paper="Han et al. 2015, arXiv:1506.02626")
 
 
 class Config(MethodConfig):

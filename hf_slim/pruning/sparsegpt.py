@@ -57,7 +57,7 @@ from hf_slim.quantization.grid import fit_grid
 RULES = Rules(
     needs=("calibration",),
     makes=("zeros",),
-    preserves=("zeros", "codes"),
+    preserves=("zeros", "codes", "tied"),
     paper="Frantar & Alistarh 2023, arXiv:2301.00774",
 )
 

@@ -33,7 +33,7 @@ from hf_slim.core.select import Layer
 from hf_slim.core.vocabulary import reserved_ids, trim_tokens
 from hf_slim.core.wordpieces import Pieces, read_pieces
 
-RULES = Rules(needs=("calibration",), preserves=("zeros", "codes"), paper="Ushio et al. 2023, arXiv:2305.15020")
+RULES = Rules(needs=("calibration",), preserves=("zeros", "codes", "tied"), paper="Ushio et al. 2023, arXiv:2305.15020")
 
 
 class Config(MethodConfig):

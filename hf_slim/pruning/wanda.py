@@ -33,7 +33,10 @@ from hf_slim.pruning.oneshot import Job, Pruned
 from hf_slim.pruning.pattern import parse_pattern
 
 RULES = Rules(
-    needs=("calibration",), makes=("zeros",), preserves=("zeros", "codes"), paper="Sun et al. 2023, arXiv:2306.11695"
+    needs=("calibration",),
+    makes=("zeros",),
+    preserves=("zeros", "codes", "tied"),
+    paper="Sun et al. 2023, arXiv:2306.11695",
 )
 
 

@@ -37,7 +37,7 @@ from hf_slim.quantization import rtn, tuning
 RULES = Rules(
     needs=("calibration",),
     makes=("codes",),
-    preserves=("zeros", "codes"),
+    preserves=("zeros", "codes", "tied"),
     paper="Cheng et al. 2023, arXiv:2309.05516",
 )
 

@@ -31,7 +31,7 @@ from hf_slim.quantization import rtn, tuning
 RULES = Rules(
     needs=("calibration",),
     makes=("codes",),
-    preserves=("zeros", "codes"),
+    preserves=("zeros", "codes", "tied"),
     paper="Chen et al. 2024, arXiv:2407.11062",
 )
 

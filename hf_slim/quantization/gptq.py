@@ -54,7 +54,7 @@ from hf_slim.quantization.grid import Clip, fit_grid
 RULES = Rules(
     needs=("calibration",),
     makes=("codes",),
-    preserves=("zeros", "codes"),
+    preserves=("zeros", "codes", "tied"),
     paper="Frantar et al. 2023, arXiv:2210.17323",
 )
 

@@ -48,7 +48,9 @@ from hf_slim.methods import find_method
 from hf_slim.quantization import rtn
 from hf_slim.quantization.grid import by_group, fit_grid, round_to_grid, storable, tiles
 
-RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Badri and Shaji 2023, mobiusml.github.io/hqq_blog")
+RULES = Rules(
+    makes=("codes",), preserves=("zeros", "codes", "tied"), paper="Badri and Shaji 2023, mobiusml.github.io/hqq_blog"
+)
 
 _SMALLEST = 1e-6  # of the min-max scale: |r| is no smaller, so that |r|**(p - 1) is finite
 

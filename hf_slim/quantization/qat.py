@@ -41,7 +41,9 @@ from hf_slim.encodings import Affine
 from hf_slim.integration.transformers import mark
 from hf_slim.quantization.fake import FakeWeight, Grid, Levels
 
-RULES = Rules(needs=("train",), makes=("codes",), preserves=("zeros",), paper="Liu et al. 2025, arXiv:2502.02631")
+RULES = Rules(
+    needs=("train",), makes=("codes",), preserves=("zeros", "tied"), paper="Liu et al. 2025, arXiv:2502.02631"
+)
 
 
 class Config(MethodConfig):

@@ -29,7 +29,7 @@ from hf_slim.encodings import Affine
 from hf_slim.methods import find_method
 from hf_slim.quantization.grid import Clip, fit_grid, round_to_grid
 
-RULES = Rules(makes=("codes",), preserves=("zeros", "codes"), paper="Jacob et al. 2018, arXiv:1712.05877")
+RULES = Rules(makes=("codes",), preserves=("zeros", "codes", "tied"), paper="Jacob et al. 2018, arXiv:1712.05877")
 
 _CHUNK = 1 << 20  # weights encoded at once: of a weight that arrives, only a part is ever held in float32
 

@@ -44,7 +44,9 @@ from hf_slim.encodings.activations import quantize_tokens
 from hf_slim.encodings.modules import EncodedLinear, EncodedModule
 from hf_slim.quantization.fake import LearnedScales, grouped
 
-RULES = Rules(needs=("train", "original"), preserves=("zeros", "codes"), paper="Chen et al. 2024, arXiv:2407.11062")
+RULES = Rules(
+    needs=("train", "original"), preserves=("zeros", "codes", "tied"), paper="Chen et al. 2024, arXiv:2407.11062"
+)
 
 _MEASURES = 4  # times that the windows kept apart are looked at, beside the start
 _BEST = "best.safetensors"

@@ -57,7 +57,9 @@ from hf_slim.sharing import kmeans
 from hf_slim.sharing.members import Members
 from hf_slim.sharing.vectors import cluster_vectors
 
-RULES = Rules(needs=("train",), makes=("centroids",), preserves=("zeros",), paper="Wu et al. 2018, arXiv:1806.09228")
+RULES = Rules(
+    needs=("train",), makes=("centroids",), preserves=("zeros", "tied"), paper="Wu et al. 2018, arXiv:1806.09228"
+)
 
 _MEMORY = 0.9  # share of the running mean of gradient norms that a step leaves
 

@@ -39,7 +39,7 @@ from hf_slim.encodings import Hashed
 from hf_slim.encodings.affine import row_runs
 from hf_slim.encodings.hashed import WORD, Gradient, all_but
 
-RULES = Rules(preserves=("zeros", "codes"), wants_training=True, paper="Chen et al. 2015, arXiv:1504.04788")
+RULES = Rules(preserves=("zeros", "codes", "tied"), wants_training=True, paper="Chen et al. 2015, arXiv:1504.04788")
 
 
 class Embeddings(MethodConfig):

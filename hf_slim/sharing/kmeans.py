@@ -2,73 +2,53 @@
 Compression", arXiv:1510.00149; Fisher-weighted per row: Kim et al., "SqueezeLLM", arXiv:2306.07629).
 
 A book x [n] (the whole matrix, one row, or a run of rows) with weights h [n] (1, or the diagonal of the Fisher
-information) gets K = 2**bits centroids c that minimise
+information) gets K = 2**bits centroids c of (nearly) least sum_i h_i * min_k (x_i - c_k)^2; `intervals.py` says how.
 
-    SSE(c) = sum_i h_i * min_k (x_i - c_k)^2
+    W[r, c] = s_r * centroids[b, codes[r, c]]
 
-In one dimension clusters are intervals of the sorted values. Let M(p) and S(p) be the sums of h and of h*x over the p
-smallest values. An interval [a, b) around its mean lowers sum_i h_i x_i^2 by
-
-    gain(a, b) = (S(b) - S(a))^2 / (M(b) - M(a)),
-
-so the best clustering is the path 0 = p_0 <= p_1 <= ... <= p_K = n of largest total gain. Over all positions that
-dynamic programme costs O(K n^2). Here each boundary p_k only chooses among R candidate positions, and *all boundaries
-move at once* (Viterbi, O(K R^2)); the candidates start wide and close in:
-
-1. R positions around the k-th K-quantile of density^(1/3), the allocation of centroids that is optimal for many of
-   them (Panter and Dite, 1951). They span more than one cluster to either side and lie on one grid shared by all
-   boundaries, so one path can move a whole cluster from the bulk of the weights to their tail: the move that Lloyd's
-   iteration cannot make.
-2. positions around the path found, in steps of 1/8, 1/32, ... of the neighbouring cluster, down to single values.
+Row scales s (1, or the weighted root mean square of the row) let rows of different size share a table: rows are
+clustered as W / s with weights h s^2, then s is fitted to the codes, s_r = sum h w c / sum h c^2, and codes are chosen
+again. `outliers` takes out the weights of largest h w^2 first, which are stored as they are and weigh nothing in the
+table; a row's heaviest weights otherwise claim centroids of their own.
 
 Where we differ from both papers: they run Lloyd's iteration on all n weights from linear or k-means++ starts, which
-costs O(n K) a step and stays in poor local optima on heavy-tailed rows. Books of at most `EXACT_VALUES` values take
-every position as a candidate: the result is then the exact optimum.
+costs O(n K) a step and stays in poor local optima on heavy-tailed rows. SqueezeLLM picks outliers by range and by
+sensitivity apart; here both are one number.
 
-Shapes: values and weights [books, n]; codes uint8 [books, n]; centroids float32 [books, K], ascending.
-Time O(n log n + K R^2 log(n / K)) a book, memory O(n + K R^2).
+Shapes: W, h [rows, cols]; codes uint8 [rows, cols]; centroids float32 [books, K], ascending; s [rows].
 """
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import Field, PositiveInt
+from jaxtyping import Bool, Float, UInt8
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.errors import SlimError
 from hf_slim.core.layers import Encoded, encode_layers, only_survivors, plan_targets
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, Select
 from hf_slim.encodings import Codebook
+from hf_slim.encodings.codebook import CentroidDtype
 from hf_slim.methods import find_method
-from hf_slim.sharing.checks import check_books, check_matrix
+from hf_slim.sharing.checks import check_matrix
+from hf_slim.sharing.intervals import cluster, nearest
 
 Scope = Literal["tensor", "row"] | PositiveInt
 
-EXACT_VALUES = 64  # books up to this length are solved exactly
-GRID_CELLS = 6  # cells of the first grid for every cluster: 4 cells leave 1.0016 x the optimum, 6 leave 1.0005
-GRID_REACH = 8  # cells to either side that a boundary may move in the first pass
-REACH = 4  # candidates to either side in every later pass
-FEW = 24  # boundaries up to which comparing with each one beats a binary search
-DENSITY_SAMPLES = 1 << 16  # sorted values that the density of a long book is estimated from
-CHUNK = 1 << 21  # candidate pairs or values worked on at a time: bounds memory, stays near the cache
-
-
-RULES = Rules(makes=("centroids",), preserves=("zeros", "codes"), paper="Han et al. 2016, arXiv:1510.00149")
+RULES = Rules(makes=("centroids",), preserves=("zeros", "codes", "tied"), paper="Han et al. 2016, arXiv:1510.00149")
 
 
 class Embeddings(MethodConfig):
     """How the input embedding is clustered, and with it a head that shares it: one table for all of it."""
 
-    bits: int = Field(8, ge=1, le=8)
+    bits: int = Field(8, ge=1, le=8, description="bits of an index")
+    scales: Literal["row"] | None = Field(None, description="'row' gives every token a scale beside the table")
 
 
 class Config(MethodConfig):
@@ -77,7 +57,12 @@ class Config(MethodConfig):
     Attributes:
         bits: bits of an index; 2**bits centroids a book.
         scope: weights that share one table: the whole matrix, every row its own, or runs of so many rows.
+        scales: "row" gives every row a float16 scale beside a shared table.
+        centroids: how tables are stored; an int8 table has one float16 scale, and cannot be trained.
+        outliers: share of the weights that is kept apart, about 25 bits each; 0.005 adds 0.13 bits a weight.
         iterations: sweeps of refinement at most; a sweep that moves no boundary is the last.
+
+    A weight that has fewer distinct values than 2**bits is stored in as few bits as they need.
 
     The default scope weighs fit against the size of the tables: 16 float16 centroids for each row of 576 weights are
     0.44 bits a weight. Relative squared error of nine SmolLM2-135M matrices at 4 bits, and the same brought to exactly
@@ -89,63 +74,24 @@ class Config(MethodConfig):
         at 4 bits      0.01235  0.01134  0.01111  0.01126  0.01160  0.01256  0.01432
     """
 
-    per_layer: ClassVar[tuple[str, ...]] = ("bits", "scope")
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "scope", "scales", "centroids", "outliers")
 
-    bits: int = Field(4, ge=1, le=8)
-    scope: Scope = 4
-    iterations: PositiveInt = 2
+    bits: int = Field(4, ge=1, le=8, description="bits of an index; 2**bits centroids a table")
+    scope: Scope = Field(4, description="weights that share a table: 'tensor', 'row' or so many rows")
+    scales: Literal["row"] | None = Field(None, description="'row' gives every row a scale beside a shared table")
+    centroids: CentroidDtype = Field("float16", description="how tables are stored")
+    outliers: float = Field(0.0, ge=0, le=0.1, description="share of the weights that is kept apart, as it is")
+    iterations: PositiveInt = Field(2, description="sweeps of refinement at most")
     layers: Select = Select()
-    embeddings: Embeddings | None = None
+    embeddings: Embeddings | None = Field(None, description="cluster the input embedding (and a tied head) too")
 
-
-def cluster(
-    values: Float[Tensor, "books n"],
-    clusters: int,
-    weights: Float[Tensor, "books n"] | None = None,
-    iterations: int = 2,
-    centroid_dtype: torch.dtype = torch.float32,
-    with_zero: Bool[Tensor, " books"] | None = None,
-) -> tuple[Float[Tensor, "books clusters"], UInt8[Tensor, "books n"]]:
-    """Cluster each row of `values` on its own so that the weighted squared error is (nearly) least.
-
-    A book with at most `clusters` distinct values is reproduced exactly; its spare centroids repeat the largest value.
-    A book whose weights are all zero counts as unweighted. A value halfway between two centroids takes the lower.
-
-    Args:
-        values: finite; the books to cluster.
-        clusters: centroids a book, 1 to 256.
-        weights: importance of each value, finite and >= 0; None weighs all the same.
-        iterations: sweeps of refinement at most.
-        centroid_dtype: the type the centroids will be stored in: they are rounded through it, and the codes are
-            nearest for the rounded centroids.
-        with_zero: books in which the centroid nearest to zero is moved to exactly 0.
-
-    Returns:
-        Centroids, float32 [books, clusters], ascending; codes, uint8 [books, n].
-
-    Raises:
-        SlimError: values or weights that are not finite, negative weights, shapes or a number of clusters that cannot
-            be, centroids too large for `centroid_dtype`.
-    """
-    check_books(values, clusters, weights, iterations)
-    books, n = values.shape
-    reach = max(2 * GRID_REACH, EXACT_VALUES if n <= EXACT_VALUES else 0) + 1
-    step = max(1, CHUNK // max(n, min(clusters, n) * reach**2))
-    centroids = torch.empty(books, clusters, dtype=torch.float32, device=values.device)
-    codes = torch.empty(books, n, dtype=torch.uint8, device=values.device)
-    for start in range(0, books, step):
-        part = slice(start, start + step)
-        x = values[part].detach().float()
-        if weights is None:
-            c = _fit(_sort(x), None, clusters, iterations)
-        else:
-            order = x.argsort(1)
-            c = _fit(x.gather(1, order), weights[part].detach().gather(1, order), clusters, iterations)
-        if with_zero is not None:
-            c = _move_to_zero(c, with_zero[part])
-        centroids[part] = _round(c, centroid_dtype)
-        codes[part] = _nearest(x, centroids[part])
-    return centroids, codes
+    @model_validator(mode="after")
+    def _one_scale(self) -> Config:
+        if self.scales is not None and self.scope in ("row", 1):
+            raise ValueError(
+                "scales: a table of the row's own has its scale already: set scope to 'tensor' or more rows"
+            )
+        return self
 
 
 def quantize(
@@ -180,7 +126,7 @@ def quantize(
     """
     check_matrix(W, bits, scope, weights, keep)
     rows, cols = W.shape
-    per_book = {"tensor": rows, "row": 1}.get(scope, scope)
+    per_book = _rows_per_book(scope, rows)
     full = rows - rows % per_book if per_book < rows else rows
     parts = []
     for part, books in ((slice(0, full), max(1, full // per_book)), (slice(full, rows), 1)):
@@ -195,184 +141,48 @@ def quantize(
     return torch.cat([codes.reshape(-1, cols) for _, codes in parts]), torch.cat([c for c, _ in parts])
 
 
-def _fit(
-    x: Float[Tensor, "books n"], h: Float[Tensor, "books n"] | None, clusters: int, iterations: int
-) -> Float[Tensor, "books clusters"]:
-    """Centroids (float64, ascending) of sorted values x with weights h."""
-    fresh = x[:, 1:] != x[:, :-1]
-    many = fresh.sum(1) >= clusters
-    if many.all():
-        return _fit_many(x, h, clusters, iterations)
-    c = x[:, -1:].double().repeat(1, clusters)
-    rank = torch.cat([torch.zeros_like(fresh[:, :1]), fresh], 1)[~many].cumsum(1)
-    c[~many] = c[~many].scatter(1, rank, x[~many].double())
-    if many.any():
-        c[many] = _fit_many(x[many], None if h is None else h[many], clusters, iterations)
-    return c
+def quantize_scaled(
+    W: Float[Tensor, "rows cols"],
+    bits: int,
+    scope: Scope = "tensor",
+    weights: Float[Tensor, "rows cols"] | None = None,
+    keep: Bool[Tensor, "rows cols"] | None = None,
+    iterations: int = 2,
+    centroid_dtype: torch.dtype = torch.float16,
+) -> tuple[UInt8[Tensor, "rows cols"], Float[Tensor, "books clusters"], Float[Tensor, " rows"]]:
+    """As `quantize`, with a scale for every row: codes, centroids and scales that float16 holds."""
+    check_matrix(W, bits, scope, weights, keep)
+    W = W.detach().float()
+    h = torch.ones_like(W) if weights is None else weights.float()
+    sizes = row_sizes(W, h if keep is None else h * keep)
+    codes, c = quantize(W / sizes[:, None], bits, scope, h * sizes[:, None] ** 2, keep, iterations, centroid_dtype)
+    per_book = _rows_per_book(scope, len(W))
+    tables = c.repeat_interleave(per_book, 0)[: len(W)]
+    values = tables.gather(1, codes.long())
+    fitted = (h * W * values).sum(1) / (h * values.square()).sum(1)
+    fitted = fitted.half().float()
+    sizes = torch.where(fitted.isfinite() & (fitted > 0), fitted, sizes)
+    again = nearest((W / sizes[:, None]).contiguous(), tables)
+    return again if keep is None else torch.where(keep, again, codes), c, sizes
 
 
-def _fit_many(
-    x: Float[Tensor, "books n"], h: Float[Tensor, "books n"] | None, clusters: int, iterations: int
-) -> Float[Tensor, "books clusters"]:
-    """As `_fit`, for books with more distinct values than clusters."""
-    # Centred: gains of values far from zero would be differences of large, nearly equal numbers.
-    centre = x[:, x.shape[1] // 2, None].double()
-    x = x - centre
-    M, S = _prefix_sums(x, h)
-    p = _boundaries(x, M, S, clusters, iterations)
-    mass, moment = M.gather(1, p).diff(dim=1), S.gather(1, p).diff(dim=1)
-    # A cluster without weight takes the value it starts at, which keeps the centroids ascending.
-    empty = x.gather(1, p[:, :-1].clamp(max=x.shape[1] - 1))
-    return centre + torch.where(mass > 0, moment / mass, empty).cummax(1).values
+def _rows_per_book(scope: Scope, rows: int) -> int:
+    return scope if isinstance(scope, int) else {"tensor": rows, "row": 1}[scope]
 
 
-def _prefix_sums(
-    x: Float[Tensor, "books n"], h: Float[Tensor, "books n"] | None
-) -> tuple[Float[Tensor, "books n1"], Float[Tensor, "books n1"]]:
-    """M(p) and S(p) for p = 0..n, in float64: their differences must be exact for single values."""
-    books, n = x.shape
-    S = x.new_zeros(books, n + 1)
-    if h is None:
-        torch.cumsum(x, 1, out=S[:, 1:])
-        return torch.arange(n + 1, dtype=x.dtype, device=x.device).expand(books, -1), S
-    h = torch.where((h > 0).any(1, keepdim=True), h.double(), 1.0)
-    M = torch.zeros_like(S)
-    torch.cumsum(h, 1, out=M[:, 1:])
-    torch.cumsum(h * x, 1, out=S[:, 1:])
-    return M, S
+def row_sizes(W: Float[Tensor, "rows cols"], weights: Float[Tensor, "rows cols"]) -> Float[Tensor, " rows"]:
+    """Weighted root mean square of each row as float16 holds it; 1 for a row of zeros."""
+    total = weights.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    sizes = ((weights * W.square()).sum(1) / total).sqrt().clamp(max=torch.finfo(torch.float16).max).half().float()
+    return torch.where(sizes > torch.finfo(torch.float16).tiny, sizes, 1.0)
 
 
-def _boundaries(
-    x: Float[Tensor, "books n"], M: Float[Tensor, "books n1"], S: Float[Tensor, "books n1"], clusters: int, sweeps: int
-) -> Int[Tensor, "books clusters1"]:
-    """Positions p_0 = 0 <= ... <= p_K = n at which the clusters begin and end."""
-    books, n = x.shape
-    if n <= EXACT_VALUES:
-        everywhere = torch.arange(n + 1, device=x.device).expand(books, clusters + 1, -1)
-        return _best_path(M, S, _pin_ends(everywhere.clone(), n))
-    grid = _density_grid(x, M, GRID_CELLS * clusters)
-    offset = torch.arange(-GRID_REACH, GRID_REACH + 1, device=x.device)
-    cell = GRID_CELLS * torch.arange(clusters + 1, device=x.device)[:, None] + offset
-    near = grid[:, cell.clamp_(0, GRID_CELLS * clusters).flatten()].view(books, clusters + 1, -1)
-    p = _best_path(M, S, _pin_ends(near, n))
-    levels = max(0, math.ceil(math.log(n / clusters / 8, 8)))
-    for _ in range(sweeps):
-        before = p
-        for fraction in [8.0**-level / 8 for level in range(levels)] + [0.0]:
-            p = _best_path(M, S, _pin_ends(_around(p, fraction), n))
-        if torch.equal(p, before):
-            break
-    return p
-
-
-def _density_grid(x: Float[Tensor, "books n"], M: Float[Tensor, "books n1"], cells: int) -> Int[Tensor, "books cells1"]:
-    """Positions 0..n that cut the integral of density^(1/3) into `cells` equal parts.
-
-    Between neighbouring values the density is weight / gap, so the integral grows by weight^(1/3) * gap^(2/3). A
-    repeated value (gap 0) hands its weight on to the next gap.
-    """
-    n = x.shape[1]
-    if n > DENSITY_SAMPLES:
-        # Smoothstep spacing: single values in the tails, where few weights span most of the range.
-        t = torch.linspace(0, 1, DENSITY_SAMPLES, dtype=torch.float64, device=x.device)
-        sample = ((3 * t**2 - 2 * t**3) * (n - 1)).round().long().unique()
-    else:
-        sample = torch.arange(n, device=x.device)
-    gap = x[:, sample].diff(dim=1)
-    upto = M[:, sample[1:] + 1].where(gap > 0, 0).cummax(1).values
-    mass = upto.diff(dim=1, prepend=torch.zeros_like(upto[:, :1]))
-    growth = (mass * gap**2).pow_(1 / 3)
-    # No gap may claim more than one cluster: beyond an outlier there is nothing to cut.
-    for _ in range(3):
-        growth = growth.minimum(growth.sum(1, keepdim=True) * (GRID_CELLS / cells))
-    integral = growth.cumsum(1)
-    level = torch.arange(1, cells, dtype=x.dtype, device=x.device) / cells
-    at = torch.searchsorted(integral, (level * integral[:, -1:]).contiguous())
-    inner = sample[at.clamp_(max=len(sample) - 1)] + 1
-    return torch.cat([torch.zeros_like(inner[:, :1]), inner, torch.full_like(inner[:, :1], n)], 1)
-
-
-def _around(p: Int[Tensor, "books clusters1"], fraction: float) -> Int[Tensor, "books clusters1 candidates"]:
-    """Candidates around each boundary in steps of a fraction of the cluster on that side, at least one value."""
-    size = p.diff(dim=1)
-    none = torch.zeros_like(p[:, :1])
-    right = (torch.cat([size, none], 1) * fraction).long().clamp_(min=1)[:, :, None]
-    left = (torch.cat([none, size], 1) * fraction).long().clamp_(min=1)[:, :, None]
-    steps = torch.arange(REACH + 1, device=p.device)
-    return p[:, :, None] + torch.cat([-left * steps[1:].flip(0), right * steps], 2)
-
-
-def _pin_ends(
-    candidates: Int[Tensor, "books clusters1 candidates"], n: int
-) -> Int[Tensor, "books clusters1 candidates"]:
-    """The same candidates, in place, within 0..n, the first boundary at 0 and the last at n."""
-    candidates.clamp_(0, n)
-    candidates[:, 0], candidates[:, -1] = 0, n
-    return candidates
-
-
-def _best_path(
-    M: Float[Tensor, "books n1"], S: Float[Tensor, "books n1"], candidates: Int[Tensor, "books clusters1 candidates"]
-) -> Int[Tensor, "books clusters1"]:
-    """One candidate for each boundary, ascending, with the largest total gain."""
-    flat, shape = candidates.flatten(1), candidates.shape
-    m, s = (sums.gather(1, flat).view(shape).transpose(0, 1).contiguous() for sums in (M, S))
-    moment2 = (s[1:, :, None, :] - s[:-1, :, :, None]).square_()  # [clusters, books, from, to]
-    mass = m[1:, :, None, :] - m[:-1, :, :, None]
-    moment2.masked_fill_(mass < 0, math.inf)  # backwards: a gain of minus infinity
-    mass.add_(torch.finfo(m.dtype).tiny)  # empty: a gain of 0 / tiny = 0
-
-    best = [moment2[0, :, 0] / mass[0, :, 0]]  # best[k][b, j]: largest gain of clusters 0..k that end at candidate j
-    for k in range(1, len(mass) - 1):
-        best.append(torch.addcdiv(best[-1][:, :, None], moment2[k], mass[k]).amax(1))
-    path = [candidates[:, -1, :1]]
-    j = torch.zeros_like(path[0])
-    # Only states on the path need the argument of their maximum: cheaper than keeping it for all.
-    for k in range(len(mass) - 1, 0, -1):
-        column = j[:, :, None].expand(-1, shape[2], 1)
-        gain = moment2[k].gather(2, column) / mass[k].gather(2, column)
-        j = (best[k - 1] + gain[:, :, 0]).argmax(1, keepdim=True)
-        path.append(candidates[:, k].gather(1, j))
-    path.append(candidates[:, 0, :1])
-    # Steps back over values without weight are free: take them out.
-    return torch.cat(path[::-1], 1).cummax(1).values
-
-
-def _sort(x: Float[Tensor, "books n"]) -> Float[Tensor, "books n"]:
-    """Each row ascending. On CPUs numpy sorts with vector instructions: 8 ms for 900,000 values, torch needs 100."""
-    if x.device.type == "cpu":
-        return torch.from_numpy(np.sort(x.numpy(), axis=1))
-    return x.sort(1).values
-
-
-def _nearest(x: Float[Tensor, "books n"], c: Float[Tensor, "books clusters"]) -> UInt8[Tensor, "books n"]:
-    """Index of the centroid nearest to each value; half way, the lower."""
-    halfway = (c[:, 1:].double() + c[:, :-1].double()) / 2
-    limit = halfway.float()  # rounded down, so that a float32 value lies above `limit` exactly if above `halfway`
-    limit = torch.where(limit.double() > halfway, limit.nextafter(torch.full_like(limit, -torch.inf)), limit)
-    if limit.shape[1] >= FEW:
-        return torch.searchsorted(limit, x.contiguous(), out_int32=True).to(torch.uint8)
-    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    for k in range(limit.shape[1]):
-        codes += x > limit[:, k, None]
-    return codes
-
-
-def _round(c: Float[Tensor, "books clusters"], dtype: torch.dtype) -> Float[Tensor, "books clusters"]:
-    largest = c.abs().max().item() if c.numel() else 0.0
-    if largest > torch.finfo(dtype).max:
-        raise SlimError(
-            f"a centroid of {largest:.3g} does not fit {dtype}, whose largest number is {torch.finfo(dtype).max:.3g}: "
-            "store centroids as bfloat16 or float32"
-        )
-    return c.to(dtype).float()
-
-
-def _move_to_zero(
-    c: Float[Tensor, "books clusters"], books_with_zero: Bool[Tensor, " books"]
-) -> Float[Tensor, "books clusters"]:
-    nearest = torch.arange(c.shape[1], device=c.device) == c.abs().argmin(1, keepdim=True)
-    return c.masked_fill(nearest & books_with_zero[:, None], 0.0)
+def heaviest(W: Float[Tensor, "rows cols"], count: int, weights: Tensor | None = None) -> Bool[Tensor, "rows cols"]:
+    """The `count` entries of largest h w^2, of equal ones the first."""
+    power = W.float().square() if weights is None else W.float().square() * weights
+    chosen = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
+    chosen[power.flatten().argsort(descending=True, stable=True)[:count]] = True
+    return chosen.view(W.shape)
 
 
 def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books n"]) -> Float[Tensor, "books n"]:
@@ -389,27 +199,68 @@ def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books
 
 
 def encoding(layer: Layer, config: Config) -> Codebook:
-    """How a layer will be stored."""
+    """How a layer will be stored, unless it has too few distinct values for that."""
     here = config.at(layer)
-    bits, scope = here.bits, here.scope
     if layer.kind == "embedding" and config.embeddings is not None:
-        bits, scope = config.embeddings.bits, "tensor"
-    rows_per_book = {"tensor": None, "row": 1}.get(scope, scope) if isinstance(scope, str) else scope
-    return Codebook(bits=bits, clusters=2**bits, rows_per_book=rows_per_book, **only_survivors(layer, bits))
+        changed = {"bits": config.embeddings.bits, "scope": "tensor", "scales": config.embeddings.scales}
+        here = here.model_copy(update=changed | {"outliers": 0.0})
+    left = layer.rows * layer.cols if layer.survivors is None else layer.survivors
+    return Codebook(
+        bits=here.bits,
+        clusters=2**here.bits,
+        rows_per_book=None if here.scope == "tensor" else _rows_per_book(here.scope, layer.rows),
+        scales=here.scales,
+        centroid_dtype=here.centroids,
+        outliers=int(here.outliers * left),
+        **only_survivors(layer, here.bits),
+    )
+
+
+def solve(
+    W: Float[Tensor, "rows cols"],
+    stored: Codebook,
+    keep: Bool[Tensor, "rows cols"] | None = None,
+    weights: Float[Tensor, "rows cols"] | None = None,
+    iterations: int = 2,
+) -> Encoded:
+    """Cluster one weight for an encoding. When the mask is stored, no centroid is spent on the pruned weights.
+
+    Args:
+        W: finite.
+        stored: how it will be stored; with fewer bits where it has too few distinct values.
+        keep: False where a weight is pruned.
+        weights: importance of each weight.
+        iterations: sweeps of refinement at most.
+    """
+    apart, h = None, weights
+    if stored.outliers:
+        apart = heaviest(W if keep is None else W * keep, stored.outliers, weights)
+        h = (torch.ones_like(W, dtype=torch.float32) if h is None else h).masked_fill(apart, 0)
+    masked = keep is not None and stored.survivors is not None
+    if masked:
+        h = keep.float() if h is None else h * keep
+    dtype = getattr(torch, stored.centroid_dtype)
+    options = (stored.bits, stored.rows_per_book or "tensor", h, None if masked else keep, iterations, dtype)
+    codes, c, scales = quantize_scaled(W, *options) if stored.scales else (*quantize(W, *options), None)
+    used = max(1, int((c < c[:, -1:]).sum(1).max()) + 1)  # spare centroids repeat the largest
+    stored = stored.model_copy(update={"clusters": used, "bits": max(1, (used - 1).bit_length())})
+    outliers = None if apart is None else (apart, W)
+    return stored, stored.pack(codes, c[:, :used], keep if masked else None, scales=scales, outliers=outliers)
 
 
 def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
-    """Cluster one weight. When the mask is stored, no centroid is spent on the pruned weights."""
-    stored = encoding(layer, config)
-    scope = stored.rows_per_book or "tensor"
-    if keep is None or stored.survivors is None:
-        codes, centroids = quantize(W, stored.bits, scope, None, keep, config.iterations)
-        return stored, stored.pack(codes, centroids)
-    codes, centroids = quantize(W, stored.bits, scope, keep.float(), None, config.iterations)
-    return stored, stored.pack(codes, centroids, keep)
+    """Cluster one weight."""
+    return solve(W, encoding(layer, config), keep, iterations=config.iterations)
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Cluster the chosen layers of a model."""
     chosen = plan_targets(model, "share.kmeans", config)
-    return StageReport(layers=encode_layers(model, chosen, find_method("share.kmeans"), config, context.progress))
+    planned = {layer.name: encoding(layer, config).describe() for layer in chosen}
+    rows = encode_layers(model, chosen, find_method("share.kmeans"), config, context.progress)
+    notes = [
+        f"{row.name}: {row.encoding} instead of {planned[row.name]}, because it has no more distinct values"
+        for row in rows
+        if row.encoding != planned[row.name]
+    ]
+    return StageReport(layers=rows, notes=notes)

@@ -50,7 +50,13 @@ from hf_slim.core.swap import get_weight
 from hf_slim.core.ties import Ties, put_parameter, tie
 from hf_slim.sharing.standins import closest, output_distances, tie_losses
 
-RULES = Rules(needs=("calibration",), makes=("tied",), preserves=("tied",), paper="Lan et al. 2020, arXiv:1909.11942")
+RULES = Rules(
+    needs=("calibration",),
+    makes=("tied",),
+    preserves=("tied",),
+    wants_training=True,
+    paper="Lan et al. 2020, arXiv:1909.11942",
+)
 CANDIDATES = 16  # pairs whose KL is measured for every tie
 DAMPING = 0.01  # of the mean of H's diagonal
 
