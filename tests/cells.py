@@ -113,6 +113,8 @@ METHODS: dict[str, Method] = {
         smaller=False,
         refusals=(NO_LOSS,),
     ),
+    "share.lnq": Method({"bits": 3, "scope": "tensor"} | TABLE),
+    "share.vq": Method({"bits": 5, "dim": 2} | TABLE),
     "share.hashed": Method({"compression": 4, "block": 8, "embeddings": {"exact": 16, "by": "id"}}),
     "share.low_rank": Method({"ratio": 0.6, "embeddings": {"ratio": 0.5}}),
     "share.tie": Method({"blocks": 1}, by_name={"T5": {"stack": "decoder.block"}}),

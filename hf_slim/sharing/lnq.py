@@ -53,8 +53,8 @@ from hf_slim.sharing.descent import (
 
 RULES = Rules(
     needs=("calibration",),
-    makes=("codes",),
-    preserves=("zeros", "codes"),
+    makes=("centroids",),
+    preserves=("zeros", "codes", "tied"),
     paper="Kim et al. 2025, arXiv:2505.07004",
 )
 
@@ -219,6 +219,11 @@ def rounding(centroids: CentroidDtype) -> RoundTables:
 
 def _importance(known: Curvature, rows: int, weights: Tensor | None) -> Float[Tensor, "rows cols"]:
     return known.importance(rows) if weights is None else known.importance(rows) * weights
+
+
+def makes(config: Config) -> tuple[str, ...]:
+    """What weights have after it: tables that learn, or int8 ones that cannot."""
+    return ("codes",) if config.centroids == "int8" else RULES.makes
 
 
 def encoding(layer: Layer, config: Config) -> Codebook:

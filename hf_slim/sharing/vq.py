@@ -43,8 +43,8 @@ from hf_slim.sharing.descent import Curvature, Tables, curvature_of, feed_back, 
 
 RULES = Rules(
     needs=("calibration",),
-    makes=("codes",),
-    preserves=("codes",),
+    makes=("centroids",),
+    preserves=("codes", "tied"),
     paper="van Baalen et al. 2024, arXiv:2402.15319",
 )
 
@@ -179,6 +179,11 @@ def _sums(
 ) -> Float[Tensor, "books clusters d"]:
     sums = values.new_zeros(len(values), clusters, values.shape[2])
     return sums.scatter_add_(1, codes[:, :, None].expand_as(values), values)
+
+
+def makes(config: Config) -> tuple[str, ...]:
+    """What weights have after it: tables that learn, or int8 ones that cannot."""
+    return ("codes",) if config.centroids == "int8" else RULES.makes
 
 
 def encoding(layer: Layer, config: Config) -> Codebook:
