@@ -118,6 +118,7 @@ METHODS: dict[str, Method] = {
     "share.hashed": Method({"compression": 4, "block": 8, "embeddings": {"exact": 16, "by": "id"}}),
     "share.low_rank": Method({"ratio": 0.6, "embeddings": {"ratio": 0.5}}),
     "share.tie": Method({"blocks": 1}, by_name={"T5": {"stack": "decoder.block"}}),
+    "share.basis": Method({"ratio": 0.6}),
     "quantize.rtn": Method(GRID | TABLE),
     "quantize.hqq": Method(GRID | TABLE | {"iterations": 3}),
     "quantize.bnb": Method(refusals=(FUSED, SUBCLASS)),

@@ -59,6 +59,7 @@ class Block:
         self.name, self.module = name, module
         self._batches = batches
         self._targets: list[Tensor] = []
+        self._originals: list[Tensor] = []
         self.written: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -80,6 +81,10 @@ class Block:
         """
         return self._run(i, self.inputs(i), parameters)
 
+    def run_original(self, i: int) -> Float[Tensor, "windows length width"]:
+        """What the block puts out now for what enters it in the dense model; needs `reference=True`."""
+        return self._run(i, self._originals[i])
+
     def put(self, name: str, value: Tensor) -> None:
         """Change a parameter that stays dense (a norm's weight, a bias); a resumed walk changes it too.
 
@@ -99,7 +104,7 @@ class Block:
 
     def _follow(self, dense: list[Tensor]) -> list[Tensor]:
         """Run the dense model's hidden states on, while the block is still dense."""
-        self._targets = [self._run(i, hidden) for i, hidden in enumerate(dense)]
+        self._originals, self._targets = dense, [self._run(i, hidden) for i, hidden in enumerate(dense)]
         return self._targets
 
     def _observe(self, sums: Sums) -> None:

@@ -196,12 +196,13 @@ class SlimQuantizer(HfQuantizer):
         untied = tie(model, _stored_ties(model, self.quantization_config))
         experts = unfuse(model)
         reshape(model, left)  # experts of different sizes
-        tie(model, untied)  # single experts
+        untied = tie(model, untied)  # single experts
         if self.pre_quantized:
             for name, stored_name in _stored_layers(model, self.quantization_config).items():
                 module = model.get_submodule(name)
                 encoding = self.quantization_config.encoding_of(stored_name)
                 put_encoded(model, name, empty_like(module, encoding, module.weight.dtype, "meta"))  # pyright: ignore
+            tie(model, untied)  # stored tensors
         elif self.quantization_config.method is not None:
             self._stage = make_stage(self.quantization_config.method, self.quantization_config.options)
             self._planned = stream_plan(model, self._stage.method, self._stage.options)
@@ -253,8 +254,8 @@ class SlimQuantizer(HfQuantizer):
 
 def _streaming_problem(method: ModuleType, config: MethodConfig) -> str | None:
     """Why a method cannot encode one weight at a time, as they arrive."""
-    if method.RULES.needs:
-        return f"it needs {' and '.join(method.RULES.needs)} data"
+    if needs := method.needs(config) if hasattr(method, "needs") else method.RULES.needs:
+        return f"it needs {' and '.join(needs)} data"
     if not hasattr(method, "encode"):
         return "it does not encode weights"
     return method.streaming_problem(config) if hasattr(method, "streaming_problem") else None
