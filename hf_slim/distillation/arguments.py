@@ -74,5 +74,10 @@ def check_trainer_options(args: TrainingArguments, options: Mapping[str, Any]) -
         problems.append("compute_loss_func would be ignored: DistillationTrainer computes the loss; leave it out")
     if args.use_liger_kernel:
         problems.append("use_liger_kernel hides the student's logits, which distillation compares; set it to False")
+    if getattr(args, "features", None) and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        problems.append(
+            "reentrant gradient checkpointing cuts features off from their gradient; "
+            'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
     if problems:
         raise PlanError(problems)

@@ -19,9 +19,8 @@ from math import cos, gcd, pi
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_slim.core.errors import PlanError
 from hf_slim.core.explain import explain
@@ -29,6 +28,7 @@ from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import find_stacks
 from hf_slim.distillation.feature_kernels import attention_distance, hidden_distance, relation_distance
 from hf_slim.distillation.layer_map import LayerMap, map_problems, pair_layers
+from hf_slim.distillation.pairs import Model
 from hf_slim.distillation.taps import Role, Seen, relation_problems
 
 _DISTANCES = {
@@ -40,8 +40,10 @@ _DISTANCES = {
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-class Feature(MethodConfig):
+class Feature(BaseModel):
     """One feature loss."""
+
+    model_config = MethodConfig.model_config
 
     kind: Literal["hidden", "embedding", "attention", "relation"] = Field(description="what is compared")
     weight: float = Field(1.0, gt=0, description="of this loss beside the others")
@@ -122,7 +124,7 @@ class FeatureLosses:
         PlanError: models that cannot be compared in this way; all problems at once.
     """
 
-    def __init__(self, features: Sequence[Feature], student: PreTrainedModel, teacher: PreTrainedModel, seed: int):
+    def __init__(self, features: Sequence[Feature], student: Model, teacher: Model, seed: int):
         blocks = [_block_names(model) for model in (student, teacher)]
         problems = [p for f in features for p in _problems(f, student, teacher, len(blocks[0]), len(blocks[1]))]
         if problems:
@@ -222,14 +224,12 @@ def _projections(planned: Sequence[_Planned], student: int, teacher: int, *, see
     return made
 
 
-def _problems(
-    feature: Feature, student: PreTrainedModel, teacher: PreTrainedModel, blocks: int, teacher_blocks: int
-) -> list[str]:
+def _problems(feature: Feature, student: Model, teacher: Model, blocks: int, teacher_blocks: int) -> list[str]:
     if not blocks or not teacher_blocks:
         whose = "student" if not blocks else "teacher"
         return [f"features compare blocks, and none were found in the {whose}; leave features out"]
     found = [] if feature.kind == "embedding" else map_problems(feature.layers, blocks, teacher_blocks)
-    models: Mapping[str, PreTrainedModel] = {"student": student, "teacher": teacher}
+    models: Mapping[str, Model] = {"student": student, "teacher": teacher}
     if feature.kind == "attention":
         found += _map_problems(models)
     if feature.kind == "relation":
@@ -239,7 +239,7 @@ def _problems(
     return found
 
 
-def _map_problems(models: Mapping[str, PreTrainedModel]) -> list[str]:
+def _map_problems(models: Mapping[str, Model]) -> list[str]:
     found = []
     for whose, model in models.items():
         used = getattr(model.config, "_attn_implementation", None)
@@ -257,7 +257,7 @@ def _map_problems(models: Mapping[str, PreTrainedModel]) -> list[str]:
     return found
 
 
-def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
+def _heads(model: Model) -> tuple[int, int, int]:
     """Query heads, key/value heads, width of one."""
     config: Any = model.config.get_text_config()
     queries = config.num_attention_heads
@@ -268,11 +268,11 @@ def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
     )
 
 
-def _relation_heads(feature: Feature, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+def _relation_heads(feature: Feature, student: Model, teacher: Model) -> int:
     return feature.relation_heads or gcd(_heads(student)[1], _heads(teacher)[1])
 
 
-def _head_problems(whose: str, model: PreTrainedModel, relation_heads: int | None) -> list[str]:
+def _head_problems(whose: str, model: Model, relation_heads: int | None) -> list[str]:
     queries, keys, width = _heads(model)
     widths = sorted({queries * width, keys * width})
     if relation_heads is None or all(w % relation_heads == 0 for w in widths):

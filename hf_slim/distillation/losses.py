@@ -174,8 +174,9 @@ def against_top_k(ids: Int[Tensor, "tokens k"], log_p: Float[Tensor, "tokens k"]
         p, p_rest = kept.exp(), (1 - kept.exp().sum(1)).clamp_(min=0)
         log_rest = log_q.scatter(1, words, -torch.inf).logsumexp(1)  # of 1 - Σ q little would be left by rounding
         loss = (p * (kept - log_q.gather(1, words))).masked_fill_(p == 0, 0.0).sum(1)
-        rest = (p_rest * (p_rest.log() - log_rest)).masked_fill_(p_rest == 0, 0.0)
-        share = (p_rest / log_rest.exp()).masked_fill_(p_rest == 0, 0.0).unsqueeze(1)
+        nothing = (p_rest == 0) | (log_rest == -torch.inf)  # k may be all words there are
+        rest = (p_rest * (p_rest.log() - log_rest)).masked_fill_(nothing, 0.0)
+        share = (p_rest / log_rest.exp()).masked_fill_(nothing, 0.0).unsqueeze(1)
         on_words = log_q.gather(1, words).exp_().sub_(p)
         gradient = log_q.exp_().mul_(1 - share).scatter_(1, words, on_words)
         return (loss + rest) * temperature**2, gradient.mul_(temperature)

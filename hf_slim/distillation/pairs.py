@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from transformers import PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
     ForCausalLMLoss,
@@ -15,6 +14,7 @@ from transformers.loss.loss_utils import (
 
 from hf_slim.core.errors import ModelError
 
+Model: TypeAlias = Any  # a PreTrainedModel, or a PeftModel around one, which is another class
 Task = Literal["causal", "masked", "token", "sequence"]
 
 _TASKS: dict[Any, Task] = {
@@ -26,7 +26,7 @@ _TASKS: dict[Any, Task] = {
 _NO_DISTRIBUTION = ("regression", "multi_label_classification")
 
 
-def task_of(model: PreTrainedModel) -> Task:
+def task_of(model: Model) -> Task:
     """What the model's logits predict, told by the loss that transformers attaches to its class.
 
     Raises:
@@ -42,7 +42,7 @@ def task_of(model: PreTrainedModel) -> Task:
     return _TASKS[loss]
 
 
-def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def check_pair(student: Model, teacher: Model) -> None:
     """Refuse a teacher that cannot teach this student.
 
     Raises:

@@ -36,8 +36,11 @@ def load(projections: nn.ModuleDict, folder: Path) -> None:
     projections.load_state_dict(saved)
 
 
-class AverageGradients(TrainerCallback):
-    """Averages their gradients over processes, as a wrapper does for the student's."""
+class Gradients(TrainerCallback):
+    """Does for the projections' gradients what the Trainer and its wrappers do for the student's alone.
+
+    They are averaged over processes before a step, and cleared after it.
+    """
 
     def __init__(self, projections: nn.ModuleDict, accelerator: Any):
         self._projections, self._accelerator = projections, accelerator
@@ -47,3 +50,6 @@ class AverageGradients(TrainerCallback):
             return
         for p in self._projections.parameters():
             p.grad = self._accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._projections.zero_grad()

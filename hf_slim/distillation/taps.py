@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+
+from hf_slim.distillation.pairs import Model
 
 Role = Literal["query", "key", "value"]
 
@@ -83,7 +84,7 @@ class Seen:
         self.embedding = args[0] if args else kwargs["hidden_states"]
 
 
-def relation_problems(whose: str, model: PreTrainedModel, blocks: Sequence[str], roles: Iterable[Role]) -> list[str]:
+def relation_problems(whose: str, model: Model, blocks: Sequence[str], roles: Iterable[Role]) -> list[str]:
     """Why queries, keys or values cannot be read off a model; empty if they can."""
     missing = [role for role in roles if any(_maker(model.get_submodule(b), role)[0] is None for b in blocks)]
     if not missing:

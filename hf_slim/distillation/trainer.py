@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.distillation import fused, projections
@@ -32,7 +32,7 @@ from hf_slim.distillation.arguments import DistillationConfig, check_trainer_opt
 from hf_slim.distillation.averages import Average
 from hf_slim.distillation.features import FeatureLosses, read_features
 from hf_slim.distillation.losses import Term, against_labels, against_teacher, chunks, positions, sum_over_logits
-from hf_slim.distillation.pairs import check_pair, task_of
+from hf_slim.distillation.pairs import Model, check_pair, task_of
 from hf_slim.distillation.taps import Seen
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "check_pair", "task_of"]
@@ -70,7 +70,7 @@ class DistillationTrainer(Trainer):
     same optimizer (without weight decay or clipping) and are in checkpoints, in a file of their own.
 
     Args:
-        model: the student.
+        model: the student, a PreTrainedModel or a PeftModel around one.
         teacher: a model for the same task over the same vocabulary (or classes), of any size; None with `alpha` 0
             and no features, where labels alone teach.
         args: a `DistillationConfig`, or `TrainingArguments` for the defaults of distillation.
@@ -85,8 +85,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        model: Model,
+        teacher: Model | None,
         args: TrainingArguments | None = None,
         **kwargs: Any,
     ):
@@ -114,9 +114,14 @@ class DistillationTrainer(Trainer):
         self._fused = self._may_fuse()
         self._teacher_fused = teacher is not None and settings.fused is not False and fused.why_not(teacher) is None
         self._loss_only = False  # True while an evaluation wants no logits
+        if self._projections and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise PlanError(
+                "features of models of different widths need projections, which FSDP and DeepSpeed do not train; "
+                "use DistributedDataParallel, or compare relations (kind: relation), which need none"
+            )
         if self._projections:
             self._projections.to(self.args.device)
-            self.add_callback(projections.AverageGradients(self._projections, self.accelerator))
+            self.add_callback(projections.Gradients(self._projections, self.accelerator))
         self.current_gradient_accumulation_steps = 1  # the Trainer's; it sets it only once training has begun
         self._parts = {"train": Average(), "eval": Average()}
 
