@@ -2,7 +2,7 @@
 
     W[r, c] = s_r * centroids[b, codes[r, c // d], c mod d],    b = r // rows_per_book,
 
-with runs of d = 1, 2 or 4 columns (the last run of a row may be cut short) and s_r = 1 unless rows have scales. Stored
+with runs of d columns (the last run of a row may be cut short) and s_r = 1 unless rows have scales. Stored
 bits a weight: bits / d; plus 16 * clusters * d / (rows_per_book * cols) for the tables, half of that and one scale a
 table where they are int8; 16 / cols for row scales. 3-bit indices of runs of 4 take 0.75 bits. Of a pruned weight only
 the survivors' indices are stored, beside their places (`places.py`). `outliers` weights are kept apart, as they are,
@@ -58,7 +58,7 @@ class Codebook(Encoding):
     bits: int = Field(ge=1, le=8)
     clusters: int = Field(ge=1, le=256)
     rows_per_book: int | None = Field(default=None, ge=1)
-    dim: Literal[1, 2, 4] = 1
+    dim: int = Field(default=1, ge=1, le=256)
     scales: Literal["row"] | None = None
     centroid_dtype: CentroidDtype = "float16"
     outliers: int = Field(default=0, ge=0)

@@ -2,7 +2,7 @@
 
     code_i = argmin_k |x_i - c_k|²,      c_k = mean of its members,
 
-begun at vectors evenly spaced along the direction of largest variance. A cluster that loses its last member goes on
+begun at vectors drawn by k-means++ (Arthur and Vassilvitskii, 2007). A cluster that loses its last member goes on
 from the vector that is farthest from its centroid. Vectors of at most `clusters` values are reproduced exactly.
 
 Shapes: x [n, d]; codes uint8 [n]; centroids [clusters, d]. An iteration takes O(n d clusters) time;
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 CHUNK = 1 << 22  # distances worked on at a time
+SAMPLE = 1 << 16  # vectors that the first centroids are drawn from
 
 
 def cluster_vectors(
@@ -50,10 +51,16 @@ def cluster_vectors(
 
 
 def _seeds(x: Float[Tensor, "n d"], clusters: int) -> Float[Tensor, "clusters d"]:
-    centred = x - x.mean(0)
-    main = torch.linalg.eigh((centred.T @ centred).double()).eigenvectors[:, -1].float()
-    at = ((torch.arange(clusters, device=x.device) + 0.5) / clusters * len(x)).long()
-    return x[(centred @ main).argsort(stable=True)[at]]
+    """Vectors drawn one after the other, far ones rather than near ones (k-means++), always the same for the same x."""
+    x = x[:: -(-len(x) // SAMPLE)]
+    draw = torch.Generator(x.device).manual_seed(0)
+    chosen = [x[(x - x.mean(0)).square().sum(1).argmin()]]
+    distance = (x - chosen[0]).square().sum(1)
+    while len(chosen) < clusters:
+        likely = distance if distance.any() else torch.ones_like(distance)
+        chosen.append(x[int(torch.multinomial(likely, 1, generator=draw))])
+        distance = torch.minimum(distance, (x - chosen[-1]).square().sum(1))
+    return torch.stack(chosen)
 
 
 def _nearest(x: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
