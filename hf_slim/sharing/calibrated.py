@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_slim.core.context import Context
 from hf_slim.core.feedback import SingularHessian
 from hf_slim.core.layers import Encoded, plan_targets, put_layer
+from hf_slim.core.method import MethodConfig
 from hf_slim.core.report import StageReport
 from hf_slim.core.saliency import fisher, token_weights
 from hf_slim.core.select import Layer
@@ -69,7 +70,13 @@ class Options(Protocol):
 
 
 def compress(
-    model: PreTrainedModel, address: str, config: Options, context: Context, solve: Solve, by_fisher: bool = False
+    model: PreTrainedModel,
+    address: str,
+    config: MethodConfig,
+    options: Options,
+    context: Context,
+    solve: Solve,
+    by_fisher: bool = False,
 ) -> StageReport:
     """Replace the chosen layers block by block. Embeddings come first: every block sees what they will put out.
 
@@ -77,25 +84,26 @@ def compress(
         model: changed in place.
         address: the method's.
         config: its options.
+        options: those that all of these methods have.
         context: data and progress.
         solve: solves one layer. Where nothing can be said of its inputs, it is handed an identity for H.
         by_fisher: measure the diagonal of the Fisher information, and hand it on as importance.
     """
-    chosen = plan_targets(model, address, config)  # pyright: ignore[reportArgumentType]
+    chosen = plan_targets(model, address, config)
     windows = context.tokens("calibration")
     tables = [layer for layer in chosen if layer.kind == "embedding"]
     layers = {layer.name: layer for layer in chosen if layer.kind != "embedding"}
     importance = fisher(model, [layer.name for layer in chosen], windows, context.progress) if by_fisher else {}
     weights = None
-    if config.guided is not None:
-        weights = token_weights(model, list(layers), windows, config.guided, context.progress)
+    if options.guided is not None:
+        weights = token_weights(model, list(layers), windows, options.guided, context.progress)
 
     def solution(layer: Layer, hessians: Tensor, shared: dict[tuple[float, int], Curvature]) -> Solution:
         module = model.get_submodule(layer.name)
         known = Known(hessians, get_keep(module), importance.get(layer.name), shared)
         encoded, error = solve(get_weight(module).float(), layer, known)
         damping = max((curvature.damping for curvature in shared.values()), default=0.0)
-        notes = (f"damping raised to {damping:g}",) if damping > config.damping else ()
+        notes = (f"damping raised to {damping:g}",) if damping > options.damping else ()
         return Solution(encoded, {"output_error": error}, notes)
 
     def solver(statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
@@ -105,7 +113,7 @@ def compress(
             source = known.hessian[None] if known.guided is None else known.guided
             same = shared.setdefault(id(known.hessian if known.guided is None else known.guided), {})
             layer, why = layers[name], None
-            if known.tokens < config.min_tokens and layer.routed:
+            if known.tokens < options.min_tokens and layer.routed:
                 why = f"only {known.tokens} tokens were routed to it"
             try:
                 found[name] = solution(layer, source, same) if why is None else None
@@ -123,7 +131,7 @@ def compress(
         found = solution(table, joint_hessian(H)[None], {})
         rows.append(put_layer(model, table, found.encoded, metrics=found.metrics, notes=found.notes))
     rows += walk(
-        model, list(layers.values()), windows, solver, context, sequential=config.true_sequential, weights=weights
+        model, list(layers.values()), windows, solver, context, sequential=options.true_sequential, weights=weights
     )
     return StageReport(
         layers=rows,

@@ -29,10 +29,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.layers import Encoded, encode_layers, only_survivors, plan_targets
+from hf_slim.core.layers import Encoded, only_survivors, plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import StageReport
+from hf_slim.core.saliency import fisher
 from hf_slim.core.select import Layer, Select
+from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Codebook
 from hf_slim.encodings.codebook import CentroidDtype
 from hf_slim.methods import find_method
@@ -51,8 +53,8 @@ class Embeddings(MethodConfig):
     scales: Literal["row"] | None = Field(None, description="'row' gives every token a scale beside the table")
 
 
-class Config(MethodConfig):
-    """Options of `share.kmeans`.
+class TableConfig(MethodConfig):
+    """What all methods that cluster single weights take.
 
     Attributes:
         bits: bits of an index; 2**bits centroids a book.
@@ -61,8 +63,6 @@ class Config(MethodConfig):
         centroids: how tables are stored; an int8 table has one float16 scale, and cannot be trained.
         outliers: share of the weights that is kept apart, about 25 bits each; 0.005 adds 0.13 bits a weight.
         iterations: sweeps of refinement at most; a sweep that moves no boundary is the last.
-
-    A weight that has fewer distinct values than 2**bits is stored in as few bits as they need.
 
     The default scope weighs fit against the size of the tables: 16 float16 centroids for each row of 576 weights are
     0.44 bits a weight. Relative squared error of nine SmolLM2-135M matrices at 4 bits, and the same brought to exactly
@@ -92,6 +92,19 @@ class Config(MethodConfig):
                 "scales: a table of the row's own has its scale already: set scope to 'tensor' or more rows"
             )
         return self
+
+
+class Config(TableConfig):
+    """Options of `share.kmeans`. A weight with fewer distinct values than 2**bits takes as few bits as they need.
+
+    Attributes:
+        importance: "fisher" weighs a weight's error by its mean squared gradient on calibration data (SqueezeLLM).
+        feedback: choose column by column, so that later columns repair the error so far, and refit the tables to the
+            layer's output: GPTQ on a codebook (`lnq.py`). Needs calibration data.
+    """
+
+    importance: Literal["none", "fisher"] = Field("none", description="'fisher' weighs errors by squared gradients")
+    feedback: bool = Field(False, description="later columns repair the error of earlier ones, as in GPTQ")
 
 
 def quantize(
@@ -126,7 +139,7 @@ def quantize(
     """
     check_matrix(W, bits, scope, weights, keep)
     rows, cols = W.shape
-    per_book = _rows_per_book(scope, rows)
+    per_book = rows_per_book(scope, rows)
     full = rows - rows % per_book if per_book < rows else rows
     parts = []
     for part, books in ((slice(0, full), max(1, full // per_book)), (slice(full, rows), 1)):
@@ -156,7 +169,7 @@ def quantize_scaled(
     h = torch.ones_like(W) if weights is None else weights.float()
     sizes = row_sizes(W, h if keep is None else h * keep)
     codes, c = quantize(W / sizes[:, None], bits, scope, h * sizes[:, None] ** 2, keep, iterations, centroid_dtype)
-    per_book = _rows_per_book(scope, len(W))
+    per_book = rows_per_book(scope, len(W))
     tables = c.repeat_interleave(per_book, 0)[: len(W)]
     values = tables.gather(1, codes.long())
     fitted = (h * W * values).sum(1) / (h * values.square()).sum(1)
@@ -166,7 +179,8 @@ def quantize_scaled(
     return again if keep is None else torch.where(keep, again, codes), c, sizes
 
 
-def _rows_per_book(scope: Scope, rows: int) -> int:
+def rows_per_book(scope: Scope, rows: int) -> int:
+    """Rows that share a table."""
     return scope if isinstance(scope, int) else {"tensor": rows, "row": 1}[scope]
 
 
@@ -198,7 +212,12 @@ def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books
     return torch.where(pruned, 1e6 * total / pruned.sum(1, keepdim=True).clamp(min=1), h)
 
 
-def encoding(layer: Layer, config: Config) -> Codebook:
+def needs(config: Config) -> tuple[str, ...]:
+    """The data that it needs with these options."""
+    return ("calibration",) if config.feedback or config.importance == "fisher" else RULES.needs
+
+
+def encoding(layer: Layer, config: TableConfig) -> Codebook:
     """How a layer will be stored, unless it has too few distinct values for that."""
     here = config.at(layer)
     if layer.kind == "embedding" and config.embeddings is not None:
@@ -208,7 +227,7 @@ def encoding(layer: Layer, config: Config) -> Codebook:
     return Codebook(
         bits=here.bits,
         clusters=2**here.bits,
-        rows_per_book=None if here.scope == "tensor" else _rows_per_book(here.scope, layer.rows),
+        rows_per_book=None if here.scope == "tensor" else rows_per_book(here.scope, layer.rows),
         scales=here.scales,
         centroid_dtype=here.centroids,
         outliers=int(here.outliers * left),
@@ -255,12 +274,20 @@ def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Te
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Cluster the chosen layers of a model."""
+    if config.feedback:
+        return find_method("share.lnq").with_feedback(model, config, context)
     chosen = plan_targets(model, "share.kmeans", config)
-    planned = {layer.name: encoding(layer, config).describe() for layer in chosen}
-    rows = encode_layers(model, chosen, find_method("share.kmeans"), config, context.progress)
-    notes = [
-        f"{row.name}: {row.encoding} instead of {planned[row.name]}, because it has no more distinct values"
-        for row in rows
-        if row.encoding != planned[row.name]
-    ]
+    weights = {}
+    if config.importance == "fisher":
+        weights = fisher(model, [layer.name for layer in chosen], context.tokens("calibration"), context.progress)
+    rows, notes = [], []
+    for layer in context.progress.track(chosen, "encoding layers"):
+        module, stored = model.get_submodule(layer.name), encoding(layer, config)
+        encoded = solve(get_weight(module), stored, get_keep(module), weights.pop(layer.name, None), config.iterations)
+        rows.append(put_layer(model, layer, encoded))
+        if rows[-1].encoding != stored.describe():
+            planned = stored.describe()
+            notes.append(
+                f"{layer.name}: {rows[-1].encoding} instead of {planned}, because it has no more distinct values"
+            )
     return StageReport(layers=rows, notes=notes)

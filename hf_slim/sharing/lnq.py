@@ -23,7 +23,7 @@ Where we differ from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.layers import Encoded, only_survivors
-from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.layers import Encoded
+from hf_slim.core.method import Rules
 from hf_slim.core.report import StageReport
-from hf_slim.core.select import Layer, Select
+from hf_slim.core.select import Layer
 from hf_slim.encodings import Codebook
 from hf_slim.encodings.codebook import CentroidDtype, store_tables
 from hf_slim.sharing import calibrated, kmeans
@@ -61,15 +61,11 @@ RULES = Rules(
 ENOUGH = 1e-4  # a round that lowers the loss by less than this share is the last
 
 
-class Config(MethodConfig):
+class Config(kmeans.TableConfig):
     """Options of `share.lnq`."""
-
-    per_layer: ClassVar[tuple[str, ...]] = ("bits", "scope", "scales", "centroids")
 
     bits: int = Field(3, ge=1, le=8, description="bits of an index; 2**bits centroids a table")
     scope: kmeans.Scope = Field("row", description="weights that share a table: 'tensor', 'row' or so many rows")
-    scales: Literal["row"] | None = Field(None, description="'row' gives every row a scale beside a shared table")
-    centroids: CentroidDtype = Field("float16", description="how tables are stored")
     rounds: int = Field(2, ge=0, description="times that tables and codes are solved in turn")
     cycles: int = Field(4, ge=1, description="times that every column is chosen anew in a round")
     damping: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to the diagonal")
@@ -78,8 +74,6 @@ class Config(MethodConfig):
     )
     true_sequential: bool = Field(False, description="o_proj sees what the shared q, k and v put out, and so on")
     min_tokens: int = Field(32, ge=1, description="an expert that fewer tokens were routed to is clustered plainly")
-    layers: Select = Select()
-    embeddings: kmeans.Embeddings | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,9 @@ def quantize(
     damping: float = 0.01,
     keep: Bool[Tensor, "rows cols"] | None = None,
     with_zero: bool = True,
+    apart: Bool[Tensor, "rows cols"] | None = None,
     weights: Float[Tensor, "rows cols"] | None = None,
+    iterations: int = 2,
     known: Curvature | None = None,
 ) -> tuple[Tables, Report]:
     """Tables and codes of (nearly) least loss at the layer's output.
@@ -121,19 +117,28 @@ def quantize(
         damping: see `core.feedback.factor`; unused with `known`.
         keep: False where a weight is pruned.
         with_zero: a pruned weight needs a code of its own, that of an exact zero; False where the mask is stored.
+        apart: weights that are kept as they are, beside the tables, which then stand for the others.
         weights: importance of each weight for the first tables, on top of that of its column.
+        iterations: of `kmeans.quantize`.
         known: `curvature_of` the Hessians, where several layers share them.
 
     Raises:
         SingularHessian: no damping makes an H positive definite.
     """
     known = known or curvature_of(hessians, damping)
-    W = W.float() if keep is None else W.float() * keep
-    store = rounding(centroids)
-    found = start(W, bits, scope, scales, store, keep, with_zero, _importance(known, len(W), weights))
-    found = feed_back(W, found, known, keep)
-    fixed = (found.tables == 0) if keep is not None and with_zero else None
-    return alternate(W, found, known, hessians, store, rounds, cycles, keep, fixed)
+    importance = known.importance(len(W)) if weights is None else known.importance(len(W)) * weights
+    W, free = W.float(), keep
+    if apart is not None:  # their error is zero: so is that of a weight of zero that is pruned
+        importance = importance.masked_fill(apart, 0.0)
+        W, free = W.masked_fill(apart, 0.0), ~apart if keep is None else keep & ~apart
+    if keep is not None:
+        W = W * keep
+        importance = importance if with_zero else importance * keep
+    store, zeros = rounding(centroids), keep if with_zero else None
+    found = start(W, bits, scope, scales, zeros, importance, iterations)
+    found = feed_back(W, found._replace(tables=store(found.tables)), known, free)
+    fixed = None if zeros is None else found.tables == 0
+    return alternate(W, found, known, hessians, store, rounds, cycles, free, fixed)
 
 
 def start(
@@ -141,32 +146,15 @@ def start(
     bits: int,
     scope: kmeans.Scope,
     scales: Literal["row"] | None,
-    store: RoundTables,
     keep: Bool[Tensor, "rows cols"] | None,
-    with_zero: bool,
     weights: Float[Tensor, "rows cols"],
+    iterations: int,
 ) -> Tables:
-    """k-means of the rows over their scales, weighted."""
-    sizes = row_sizes(W, weights if keep is None else weights * keep) if scales else None
-    x = W if sizes is None else W / sizes[:, None]
-    h = weights if sizes is None else weights * sizes[:, None] ** 2
-    if keep is not None and not with_zero:
-        h, keep = h * keep, None
-    codes, tables = kmeans.quantize(x, bits, scope, h, keep, centroid_dtype=torch.float32)
-    book = torch.arange(len(W), device=W.device) // rows_per_book(scope, len(W))
-    return Tables(codes, store(tables[:, :, None]), book, sizes)
-
-
-def rows_per_book(scope: kmeans.Scope, rows: int) -> int:
-    """Rows that share a table."""
-    return scope if isinstance(scope, int) else {"tensor": rows, "row": 1}[scope]
-
-
-def row_sizes(W: Float[Tensor, "rows cols"], weights: Float[Tensor, "rows cols"]) -> Float[Tensor, " rows"]:
-    """Weighted root mean square of each row as float16 holds it; 1 for a row of zeros."""
-    total = weights.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    sizes = ((weights * W.square()).sum(1) / total).sqrt().clamp(max=torch.finfo(torch.float16).max).half().float()
-    return torch.where(sizes > torch.finfo(torch.float16).tiny, sizes, 1.0)
+    """k-means, weighted."""
+    options = (bits, scope, weights, keep, iterations, torch.float32)
+    codes, tables, *sizes = (kmeans.quantize_scaled if scales else kmeans.quantize)(W, *options)
+    book = torch.arange(len(W), device=W.device) // kmeans.rows_per_book(scope, len(W))
+    return Tables(codes, tables[:, :, None], book, *sizes)
 
 
 def alternate(
@@ -217,65 +205,57 @@ def rounding(centroids: CentroidDtype) -> RoundTables:
     return store
 
 
-def _importance(known: Curvature, rows: int, weights: Tensor | None) -> Float[Tensor, "rows cols"]:
-    return known.importance(rows) if weights is None else known.importance(rows) * weights
-
-
 def makes(config: Config) -> tuple[str, ...]:
     """What weights have after it: tables that learn, or int8 ones that cannot."""
     return ("codes",) if config.centroids == "int8" else RULES.makes
 
 
 def encoding(layer: Layer, config: Config) -> Codebook:
-    """How a layer will be stored; embeddings as `share.kmeans` stores them."""
-    if layer.kind == "embedding" and config.embeddings is not None:
-        return table_encoding(layer, config.embeddings)
-    here = config.at(layer)
-    return Codebook(
-        bits=here.bits,
-        clusters=2**here.bits,
-        rows_per_book=None if here.scope == "tensor" else rows_per_book(here.scope, layer.rows),
-        scales=here.scales,
-        centroid_dtype=here.centroids,
-        **only_survivors(layer, here.bits),
-    )
+    """How a layer will be stored: as k-means stores it."""
+    return kmeans.encoding(layer, config)
 
 
-def table_encoding(layer: Layer, config: kmeans.Embeddings) -> Codebook:
-    """How an embedding will be stored: one table for all of it."""
-    return Codebook(bits=config.bits, clusters=2**config.bits, **only_survivors(layer, config.bits))
-
-
-def solve_table(
-    W: Tensor, layer: Layer, config: kmeans.Embeddings, known: calibrated.Known, damping: float
+def solve(
+    W: Float[Tensor, "rows cols"],
+    stored: Codebook,
+    known: calibrated.Known,
+    damping: float,
+    rounds: int,
+    cycles: int,
+    iterations: int,
 ) -> tuple[Encoded, float]:
-    """An embedding, by k-means with error feedback: its rows are too many to be chosen anew time and again."""
-    stored = table_encoding(layer, config)
+    """Solve one weight for an encoding; what is stored, and the relative error of the layer's output."""
+    apart, keep = None, known.keep
+    if stored.outliers:
+        apart = kmeans.heaviest(W if keep is None else W * keep, stored.outliers, known.weights)
     found, report = quantize(
-        W, known.hessians, stored.bits, "tensor", rounds=0, keep=known.keep, with_zero=stored.survivors is None,
-        weights=known.weights, known=known.curvature(damping),
+        W, known.hessians, stored.bits, stored.rows_per_book or "tensor", stored.scales, stored.centroid_dtype, rounds,
+        cycles, damping, keep, stored.survivors is None, apart, known.weights, iterations, known.curvature(damping),
     )  # fmt: skip
-    return pack(stored, found, known.keep), report.relative_error
-
-
-def pack(stored: Codebook, found: Tables, keep: Tensor | None) -> Encoded:
-    """What is stored."""
-    keep = None if stored.survivors is None else keep
-    return stored, stored.pack(found.codes, found.tables[:, :, 0], keep, scales=found.scales)
+    masked = None if stored.survivors is None else keep
+    outliers = None if apart is None else (apart, W)
+    tensors = stored.pack(found.codes, found.tables[:, :, 0], masked, scales=found.scales, outliers=outliers)
+    return (stored, tensors), report.relative_error
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Share block by block."""
 
-    def solve(W: Tensor, layer: Layer, known: calibrated.Known) -> tuple[Encoded, float]:
-        if layer.kind == "embedding" and config.embeddings is not None:
-            return solve_table(W, layer, config.embeddings, known, config.damping)
-        here, stored = config.at(layer), encoding(layer, config)
-        found, report = quantize(
-            W, known.hessians, here.bits, here.scope, here.scales, here.centroids, here.rounds, here.cycles,
-            keep=known.keep, with_zero=stored.survivors is None, weights=known.weights,
-            known=known.curvature(here.damping),
-        )  # fmt: skip
-        return pack(stored, found, known.keep), report.relative_error
+    def solve_layer(W: Tensor, layer: Layer, known: calibrated.Known) -> tuple[Encoded, float]:
+        # An embedding has too many rows to be chosen anew time and again.
+        rounds = 0 if layer.kind == "embedding" else config.rounds
+        stored = encoding(layer, config)
+        return solve(W, stored, known, config.damping, rounds, config.cycles, config.iterations)
 
-    return calibrated.compress(model, "share.lnq", config, context, solve)
+    return calibrated.compress(model, "share.lnq", config, config, context, solve_layer)
+
+
+def with_feedback(model: PreTrainedModel, config: kmeans.Config, context: Context) -> StageReport:
+    """`share.kmeans` with `feedback`: the start of LNQ, and its tables refitted."""
+    options = Config()
+
+    def solve_layer(W: Tensor, layer: Layer, known: calibrated.Known) -> tuple[Encoded, float]:
+        return solve(W, kmeans.encoding(layer, config), known, options.damping, 0, 1, config.iterations)
+
+    by_fisher = config.importance == "fisher"
+    return calibrated.compress(model, "share.kmeans", config, options, context, solve_layer, by_fisher)

@@ -107,10 +107,10 @@ def quantize(
     known = known or curvature_of(hessians, damping, dim)
     store = lnq.rounding(centroids)
     weights = known.importance(len(W))
-    sizes = lnq.row_sizes(W, weights) if scales else None
+    sizes = kmeans.row_sizes(W, weights) if scales else None
     x = W if sizes is None else W / sizes[:, None]
     h = weights if sizes is None else weights * sizes[:, None] ** 2
-    rows_per_book = lnq.rows_per_book(scope, len(W))
+    rows_per_book = kmeans.rows_per_book(scope, len(W))
     tables = torch.cat(
         [
             cluster(*(part.reshape(1, -1, dim) for part in pair), 2**bits, iterations)
@@ -189,12 +189,12 @@ def makes(config: Config) -> tuple[str, ...]:
 def encoding(layer: Layer, config: Config) -> Codebook:
     """How a layer will be stored; embeddings as `share.kmeans` stores them."""
     if layer.kind == "embedding" and config.embeddings is not None:
-        return lnq.table_encoding(layer, config.embeddings)
+        return kmeans.encoding(layer, kmeans.TableConfig(embeddings=config.embeddings))
     here = config.at(layer)
     return Codebook(
         bits=here.bits,
         clusters=2**here.bits,
-        rows_per_book=None if here.scope == "tensor" else lnq.rows_per_book(here.scope, layer.rows),
+        rows_per_book=None if here.scope == "tensor" else kmeans.rows_per_book(here.scope, layer.rows),
         dim=here.dim,
         scales=here.scales,
         centroid_dtype=here.centroids,
@@ -215,13 +215,13 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Share block by block."""
 
     def solve(W: Tensor, layer: Layer, known: calibrated.Known) -> tuple[Encoded, float]:
-        if layer.kind == "embedding" and config.embeddings is not None:
-            return lnq.solve_table(W, layer, config.embeddings, known, config.damping)
         here, stored = config.at(layer), encoding(layer, config)
+        if stored.dim == 1:
+            return lnq.solve(W, stored, known, config.damping, rounds=0, cycles=1, iterations=2)
         found, report = quantize(
             W, known.hessians, here.bits, here.dim, here.scope, here.scales, here.centroids, here.iterations,
             here.rounds, here.cycles, known=known.curvature(here.damping, here.dim),
         )  # fmt: skip
         return (stored, stored.pack(found.codes, found.tables, scales=found.scales)), report.relative_error
 
-    return calibrated.compress(model, "share.vq", config, context, solve)
+    return calibrated.compress(model, "share.vq", config, config, context, solve)
