@@ -91,6 +91,7 @@ class Layer:
         survivors: weights that pruning left, None when not pruned.
         place: number of its block in the stack, from 0, and how many blocks that has; None outside of blocks.
         routed: it belongs to an expert, and sees only the tokens that a router sends there.
+        elsewhere: bytes of its stored tensors that are those of another layer.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Layer:
     survivors: int | None = None
     place: tuple[int, int] | None = None
     routed: bool = False
+    elsewhere: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -112,11 +114,12 @@ class Layer:
             return 0
         if self.encoding is None:
             return self.rows * self.cols * self.dtype.itemsize
-        return self.encoding.nbytes(self.rows, self.cols, self.dtype)
+        return self.encoding.nbytes(self.rows, self.cols, self.dtype) - self.elsewhere
 
     def encoded(self, encoding: Encoding) -> Layer:
         """The same layer, stored in another way."""
-        return dataclasses.replace(self, encoding=encoding, survivors=getattr(encoding, "survivors", None))
+        survivors = getattr(encoding, "survivors", None)
+        return dataclasses.replace(self, encoding=encoding, survivors=survivors, elsewhere=0)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     table = getattr(model, "get_input_embeddings", lambda: None)()
     experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Experts))
     owner = _owners(model)
+    seen: set[int] = set()
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
         kind: Kind
@@ -172,7 +176,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
         block = next((b for b in places if name.startswith(f"{b}.")), None)
         layer = _describe(name, module, kind, block, owner.get(name))
         place = None if block is None else places[block]
-        layers[name] = dataclasses.replace(layer, place=place, routed=name.startswith(experts))
+        elsewhere = _elsewhere(module, seen)
+        layers[name] = dataclasses.replace(layer, place=place, routed=name.startswith(experts), elsewhere=elsewhere)
     return layers
 
 
@@ -230,6 +235,15 @@ def _describe(name: str, module: nn.Module, kind: Kind, block: str | None, owner
     weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     rows, cols = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
     return Layer(name, kind, rows, cols, weight.dtype, block, None, owner)
+
+
+def _elsewhere(module: nn.Module, seen: set[int]) -> int:
+    """Bytes of an encoded layer's tensors that a layer before it has too: those `seen`, by their ids."""
+    own = module._parameters if isinstance(module, EncodedModule) else {}
+    stored = [parameter for name, parameter in own.items() if parameter is not None and name != "bias"]
+    shared = sum(parameter.nbytes for parameter in stored if id(parameter) in seen)
+    seen |= {id(parameter) for parameter in stored}
+    return shared
 
 
 def _owners(model: nn.Module) -> dict[str, str]:
