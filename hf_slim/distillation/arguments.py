@@ -74,7 +74,9 @@ def check_trainer_options(args: TrainingArguments, options: Mapping[str, Any]) -
         problems.append("compute_loss_func would be ignored: DistillationTrainer computes the loss; leave it out")
     if args.use_liger_kernel:
         problems.append("use_liger_kernel hides the student's logits, which distillation compares; set it to False")
-    if getattr(args, "features", None) and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the newer, and the older
+    checkpointing = next((found for name in names if (found := getattr(args, name, None))), {})
+    if getattr(args, "features", None) and checkpointing.get("use_reentrant"):
         problems.append(
             "reentrant gradient checkpointing cuts features off from their gradient; "
             'set gradient_checkpointing_kwargs={"use_reentrant": False}'

@@ -1,6 +1,7 @@
 """Distillation of logits: a student learns to predict what its teacher predicts (Hinton et al. 2015, arXiv:1503.02531).
 
-loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * cross entropy, a mean over tokens; KL reversed on demand.
+loss = alpha * T^2 D(teacher, student) + (1 - alpha) * cross entropy + feature losses, a mean over tokens. D is forward
+KL unless another divergence is chosen (`divergences.py`); features compare the insides of both models (`features.py`).
 
 By default the teacher is the original model and the student its compressed self, which needs no layer maps and no
 labels: training recovers what compression broke. With `teacher: previous` it is the model as the stages before left it,
@@ -12,7 +13,8 @@ Kernels are in `losses.py`, the loop is `DistillationTrainer`.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +32,8 @@ from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
+from hf_slim.distillation.divergences import Divergence
+from hf_slim.distillation.features import Feature
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.integration.bitsandbytes import check_installed, make_config
 from hf_slim.methods import find_method
@@ -52,15 +56,26 @@ class Config(TrainingOptions):
     )
     temperature: float = Field(2.0, gt=0, description="both models' logits are divided by it")
     alpha: float = Field(
-        1.0, ge=0, le=1, description="share of the distillation loss, 0 for no teacher; the labels have the rest"
+        1.0, ge=0, le=1, description="share of the distillation loss, 0 for none; the labels have the rest"
     )
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
+    beta: float = Field(0.5, ge=0, le=1, description="of jsd: the teacher's share; 0 is forward KL, 1 reverse KL")
+    skew: float = Field(0.1, ge=0, lt=1, description="of skewed divergences: the share mixed in")
+    features: tuple[Feature, ...] = Field((), description="losses on what happens inside, such as [{kind: hidden}]")
+    fused: bool | None = Field(
+        None, description="never hold all logits; where the model allows it if not given, true refuses others"
+    )
     during: StageList = Field((), description="what happens while training, such as prune.gradual")
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return self.alpha > 0 or bool(self.features)
 
     @property
     def own_teacher(self) -> str | None:
         """Hub id or folder of a teacher that is neither the original nor the model itself."""
-        return None if self.alpha == 0 or self.teacher == PREVIOUS else self.teacher
+        return self.teacher if self.taught and self.teacher != PREVIOUS else None
 
     @model_validator(mode="after")
     def _teacher_fits(self) -> Config:
@@ -100,12 +115,12 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
 def needs(config: Config) -> tuple[str, ...]:
     """The data and models that it needs with these options."""
     teacher = ("teacher",) if config.teacher else ("original",)
-    return ("train", *(teacher if config.alpha > 0 else ()), *(("labels",) if config.alpha < 1 else ()))
+    return ("train", *(teacher if config.taught else ()), *(("labels",) if config.alpha < 1 else ()))
 
 
 def keep_previous(model: PreTrainedModel, config: Config, context: Context) -> Context:
     """A context that remembers the model as it is now, where it is to be the teacher."""
-    wanted = config.alpha > 0 and config.teacher == PREVIOUS and context.previous is None
+    wanted = config.taught and config.teacher == PREVIOUS and context.previous is None
     return replace(context, previous=copy.deepcopy(model)) if wanted else context
 
 
@@ -115,7 +130,7 @@ def load_teacher(config: Config, context: Context) -> PreTrainedModel | None:
     Raises:
         PlanError: a teacher that is in memory already is to be quantized.
     """
-    if config.alpha == 0:
+    if not config.taught:
         return None
     if config.teacher == PREVIOUS:
         return context.previous
@@ -140,7 +155,9 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     teacher = load_teacher(config, keep_previous(model, config, context))
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
-    with nullcontext() if teacher is None else in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device)):
+    eager = [m for m in (model, teacher) if m is not None and any(f.kind == "attention" for f in config.features)]
+    fast = nullcontext() if teacher is None else in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device))
+    with fast, _eager_attention(eager):
         metrics: dict[str, Any] = train(
             model,
             config,
@@ -150,9 +167,26 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             temperature=config.temperature,
             alpha=config.alpha,
             divergence=config.divergence,
+            beta=config.beta,
+            skew=config.skew,
+            features=[feature.model_dump(exclude_unset=True) for feature in config.features],
+            fused=config.fused,
         )
     rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
     return StageReport(layers=rows, metrics=metrics)
+
+
+@contextmanager
+def _eager_attention(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Inside, the models show their attention maps, which fast attention never makes."""
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_attn_implementation(implementation)
 
 
 def _check_trainable(model: PreTrainedModel) -> None:
