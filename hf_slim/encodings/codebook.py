@@ -263,3 +263,11 @@ def store_tables(centroids: Float[Tensor, "books clusters *dim"], dtype: Centroi
     scale = torch.where(scale > 0, scale, torch.finfo(torch.float16).tiny)
     steps = centroids / scale.to(centroids.dtype).view(-1, *[1] * (centroids.ndim - 1))
     return {"centroids": steps.round().clamp(-127, 127).to(torch.int8), "centroid_scales": scale}
+
+
+def as_stored(centroids: Float[Tensor, "books clusters *dim"], dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """Tables as they come back in float32 from being stored in a dtype, int8 among them."""
+    if dtype != torch.int8:
+        return centroids.to(dtype).float()
+    tensors = store_tables(centroids, "int8")
+    return Codebook(bits=8, clusters=256, centroid_dtype="int8").tables(tensors)

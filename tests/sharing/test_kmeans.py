@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from reference.kmeans import error_of, least_error
 
 from hf_slim.core.errors import SlimError
-from hf_slim.sharing.kmeans import EXACT_VALUES, Config, cluster, quantize
+from hf_slim.sharing.intervals import EXACT_VALUES, cluster
+from hf_slim.sharing.kmeans import Config, quantize
 
 SHAPES = ("normal", "laplace", "uniform", "bimodal", "student")
 
