@@ -59,7 +59,7 @@ class Config(MethodConfig):
 
     compression: float = Field(8, ge=1, description="weights that share a stored value")
     block: int = Field(32, ge=1, description="weights side by side that are hashed as one; 1 is the paper's")
-    seed: int = Field(0, ge=0, le=WORD, description="of the hash")
+    hash_seed: int = Field(0, ge=0, le=WORD, description="decides which weights share a value")
     gradient: Gradient = Field(
         "sum", description="of a stored value: 'sum' over its members, or their 'mean' (for SGD)"
     )
@@ -113,7 +113,7 @@ def encoding(layer: Layer, config: Config) -> Hashed:
     """How a layer will be stored."""
     compression, block, exact = _settings(layer, config)
     buckets = int((layer.rows - exact) * layer.cols / (compression * block))
-    return Hashed(buckets=buckets, block=block, seed=config.seed, exact=exact, gradient=config.gradient)
+    return Hashed(buckets=buckets, block=block, seed=config.hash_seed, exact=exact, gradient=config.gradient)
 
 
 def problems(layer: Layer, config: Config) -> list[str]:
@@ -137,11 +137,6 @@ def problems(layer: Layer, config: Config) -> list[str]:
 def needs(config: Config) -> tuple[str, ...]:
     """Calibration data, to count tokens in."""
     return ("calibration",) if _counts_tokens(config) else ()
-
-
-def streaming_problem(config: Config) -> str | None:
-    """Why it cannot work while weights are loading."""
-    return "it counts tokens in calibration data; embeddings.by: id does not" if _counts_tokens(config) else None
 
 
 def encode(W: Float[Tensor, "rows cols"], layer: Layer, config: Config, keep: Tensor | None) -> Encoded:
