@@ -19,8 +19,8 @@ move at once* (Viterbi, O(K R^2)); the candidates start wide and close in:
    iteration cannot make.
 2. positions around the path found, in steps of 1/8, 1/32, ... of the neighbouring cluster, down to single values.
 
-A step back (b < a) needs no ban: its gain is the negative one of the step forth, and two intervals never gain less than
-the one that they make up, so no path with such a step beats the one that stays at a instead.
+Steps back (b < a) are ruled out: one over an interval of mean zero would cost nothing, and two steps forth from there
+would gain what another interval has gained already.
 
 Books of at most `EXACT_VALUES` values take every position as a candidate: the result is then the exact optimum.
 
@@ -234,6 +234,7 @@ def _best_path(
     m, s = (sums.gather(1, flat).view(shape).permute(1, 2, 0).contiguous() for sums in (M, S))
     mass = (m[1:, None] - m[:-1, :, None]).add_(torch.finfo(m.dtype).tiny)  # an empty interval gains 0 / tiny = 0
     gain = (s[1:, None] - s[:-1, :, None]).square_().div_(mass)  # [clusters, from, to, books]: books are in a row
+    gain.masked_fill_(mass < 0, -math.inf)
 
     best = [gain[0, 0]]  # best[k][j, b]: largest gain of clusters 0..k that end at candidate j
     for k in range(1, len(gain) - 1):
