@@ -7,7 +7,7 @@ block-diagonal over tokens, averaged over the outputs of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -163,13 +163,20 @@ def gather(
 ) -> Iterator[Sums]:
     """Sums that fill while the model, or a part of it, runs."""
     sums = Sums(names, weights, squares)
+    with watching(model, names, sums.add):
+        yield sums
+
+
+@contextmanager
+def watching(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, whenever one of these layers runs: `note(its name, the tensor that it is handed)`."""
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: sums.add(name, args[0])
+        return lambda module, args: note(name, args[0])
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
-        yield sums
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -43,6 +43,7 @@ from hf_slim.core.layers import check_weights
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
+from hf_slim.core.statistics import watching
 from hf_slim.core.swap import get_weight
 from hf_slim.core.units import Units, expected_units, find_units
 from hf_slim.core.walk import Block, Removal, Statistics, walk
@@ -247,20 +248,13 @@ def _activations(
     device = PartialState().device
     sums = {name: torch.zeros(len(chosen[name]), device=device) for name in names}
 
-    def note(name: str, args: tuple[Any, ...]) -> None:
-        h = args[0] if args[0].dim() == 3 else args[0][None]
+    def note(name: str, h: Tensor) -> None:
+        h = h if h.dim() == 3 else h[None]
         sums[name] += activation(h, chosen[name].columns).to(device)
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args))
-        for name in names
-    ]
-    try:
+    with watching(model, names, note):
         for i in range(len(block)):
             block.run(i)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [(name, reduce(found, reduction="sum").cpu()) for name, found in sums.items()]  # pyright: ignore
 
 

@@ -6,7 +6,7 @@ the first half of every batch is summed here, and the second is the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hf_slim.core.statistics import watching
 from hf_slim.core.walk import Block, Statistics
 from hf_slim.pruning.neurons import NeuronSums, neuron_sums, no_sums, over_processes
 
@@ -51,25 +52,19 @@ def measure(
     first = dict(sums)
     products = {name: torch.zeros_like(known.hessian) for name, known in statistics.items()}
 
-    def hook(name: str) -> Callable[..., None]:
-        threshold = fraction * float((statistics[name].hessian.diagonal().mean() / 2).sqrt())
+    thresholds = {
+        name: fraction * float((known.hessian.diagonal().mean() / 2).sqrt()) for name, known in statistics.items()
+    }
 
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            h = args[0].detach()
-            half = h.flatten(0, -2)[: h[..., 0].numel() // 2].float()
-            sums[name] += neuron_sums(h, threshold)
-            first[name] += neuron_sums(half, threshold)
-            products[name].addmm_(half.T, half)
+    def note(name: str, h: Tensor) -> None:
+        half = h.flatten(0, -2)[: h[..., 0].numel() // 2].float()
+        sums[name] += neuron_sums(h, thresholds[name])
+        first[name] += neuron_sums(half, thresholds[name])
+        products[name].addmm_(half.T, half)
 
-        return add
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in statistics]
-    try:
+    with watching(model, statistics, note):
         for i in range(len(block)):
             block.run(i)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
         name: _measured(
             over_processes(sums[name]),

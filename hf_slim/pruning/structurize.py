@@ -41,6 +41,7 @@ from hf_slim.core.removal import Removal, carry_out
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.reshape import undone_on_error
 from hf_slim.core.select import Layer
+from hf_slim.core.statistics import watching
 from hf_slim.core.swap import get_weight
 from hf_slim.core.units import Units, find_units
 from hf_slim.encodings import Sparse
@@ -128,8 +129,8 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """
     found = find_units(model, config.kinds)
     ids = _windows(model, context)
-    with _exact(model), _watching(model, [units.reader for units in found]) as ranges:
-        before = _run(model, ids)
+    with _exact(model):
+        before, ranges = _watched(model, [units.reader for units in found], ids)
     with undone_on_error(model):
         report, tolerance = _remove(model, found, ranges, config, context)
         with _exact(model):
@@ -245,9 +246,8 @@ def _run(model: PreTrainedModel, ids: Int[Tensor, "windows length"]) -> Float[Te
     return out
 
 
-@contextmanager
-def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[Mapping[str, Range]]:
-    """Inside, what these layers are handed is noted."""
+def _watched(model: PreTrainedModel, names: Sequence[str], ids: Tensor) -> tuple[Tensor, dict[str, Range]]:
+    """The model's logits, and what these layers were handed for them."""
     ranges: dict[str, Range] = {}
 
     def note(name: str, x: Tensor) -> None:
@@ -258,12 +258,5 @@ def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[Mapping[str, R
         seen = ranges.get(name)
         ranges[name] = Range(low, high) if seen is None else Range(low.minimum(seen.low), high.maximum(seen.high))
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name in names
-    ]
-    try:
-        yield ranges
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, names, note):
+        return _run(model, ids), ranges
