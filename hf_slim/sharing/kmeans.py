@@ -86,7 +86,7 @@ class TableConfig(MethodConfig):
     embeddings: Embeddings | None = Field(None, description="cluster the input embedding (and a tied head) too")
 
     @model_validator(mode="after")
-    def _one_scale(self) -> Config:
+    def _one_scale(self) -> TableConfig:
         if self.scales is not None and self.scope in ("row", 1):
             raise ValueError(
                 "scales: a table of the row's own has its scale already: set scope to 'tensor' or more rows"
@@ -194,9 +194,10 @@ def row_sizes(W: Float[Tensor, "rows cols"], weights: Float[Tensor, "rows cols"]
 def heaviest(W: Float[Tensor, "rows cols"], count: int, weights: Tensor | None = None) -> Bool[Tensor, "rows cols"]:
     """The `count` entries of largest h w^2, of equal ones the first."""
     power = W.float().square() if weights is None else W.float().square() * weights
-    chosen = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
-    chosen[power.flatten().argsort(descending=True, stable=True)[:count]] = True
-    return chosen.view(W.shape)
+    least = power.flatten().topk(count).values[-1]
+    equal = power.flatten() == least
+    above = power.flatten() > least
+    return (above | equal & (equal.cumsum(0) <= count - above.sum())).view(W.shape)
 
 
 def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books n"]) -> Float[Tensor, "books n"]:
@@ -256,13 +257,14 @@ def solve(
         apart = heaviest(W if keep is None else W * keep, stored.outliers, weights)
         h = (torch.ones_like(W, dtype=torch.float32) if h is None else h).masked_fill(apart, 0)
     masked = keep is not None and stored.survivors is not None
-    if masked:
+    if keep is not None and masked:
         h = keep.float() if h is None else h * keep
     dtype = getattr(torch, stored.centroid_dtype)
     options = (stored.bits, stored.rows_per_book or "tensor", h, None if masked else keep, iterations, dtype)
     codes, c, scales = quantize_scaled(W, *options) if stored.scales else (*quantize(W, *options), None)
     used = max(1, int((c < c[:, -1:]).sum(1).max()) + 1)  # spare centroids repeat the largest
     stored = stored.model_copy(update={"clusters": used, "bits": max(1, (used - 1).bit_length())})
+    codes = codes.clamp(max=used - 1)  # a value above a rounded centroid takes the last that repeats it
     outliers = None if apart is None else (apart, W)
     return stored, stored.pack(codes, c[:, :used], keep if masked else None, scales=scales, outliers=outliers)
 

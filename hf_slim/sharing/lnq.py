@@ -65,7 +65,6 @@ class Config(kmeans.TableConfig):
     """Options of `share.lnq`."""
 
     bits: int = Field(3, ge=1, le=8, description="bits of an index; 2**bits centroids a table")
-    scope: kmeans.Scope = Field("row", description="weights that share a table: 'tensor', 'row' or so many rows")
     rounds: int = Field(2, ge=0, description="times that tables and codes are solved in turn")
     cycles: int = Field(4, ge=1, description="times that every column is chosen anew in a round")
     damping: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to the diagonal")

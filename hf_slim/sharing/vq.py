@@ -111,12 +111,9 @@ def quantize(
     x = W if sizes is None else W / sizes[:, None]
     h = weights if sizes is None else weights * sizes[:, None] ** 2
     rows_per_book = kmeans.rows_per_book(scope, len(W))
-    tables = torch.cat(
-        [
-            cluster(*(part.reshape(1, -1, dim) for part in pair), 2**bits, iterations)
-            for pair in zip(x.split(rows_per_book), h.split(rows_per_book), strict=True)
-        ]
-    )
+    per_book = zip(x.split(rows_per_book), h.split(rows_per_book), strict=True)
+    parts = [cluster(a.reshape(1, -1, dim), b.reshape(1, -1, dim), 2**bits, iterations) for a, b in per_book]
+    tables = torch.cat(parts)
     book = torch.arange(len(W), device=W.device) // rows_per_book
     codes = torch.zeros(len(W), W.shape[1] // dim, dtype=torch.uint8, device=W.device)
     found = feed_back(W, Tables(codes, store(tables), book, sizes), known)
