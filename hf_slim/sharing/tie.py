@@ -21,6 +21,8 @@ block put out for its own inputs X_i, H_i = X_iᵀX_i slightly damped, so that i
     W = (Σ W_i H_i) (Σ H_i)⁻¹
 
 Blocks of a trained model differ: tying costs much, and training afterwards (`distill.logits`) wins most of it back.
+What is shared is encoded once by stages after this, those that calibrate see what the first block of a group is fed.
+An adapter merged into a tied layer changes all blocks that share it: keep adapters beside tied weights.
 """
 
 from __future__ import annotations
