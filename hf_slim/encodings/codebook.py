@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -161,6 +161,18 @@ class Codebook(Encoding):
         if self.centroid_dtype != "int8":
             return c
         return c * tensors["centroid_scales"].float().view(-1, *[1] * (c.ndim - 1))
+
+    def int8_entries(self, tensors: dict[str, Tensor], rows: slice, cols: int) -> Int8[Tensor, "n cols"]:
+        """Entries of int8 tables, before any scale, for a run of rows of a weight that is not pruned."""
+        book = self._book_of(torch.arange(rows.start, rows.stop, device=tensors["codes"].device))
+        index, _ = self._codes({"codes": tensors["codes"][rows]}, book, cols)
+        tables = tensors["centroids"].flatten(0, 1)
+        return tables.index_select(0, index.flatten()).view(len(book), -1)[:, :cols]
+
+    def row_scales(self, tensors: dict[str, Tensor], rows: int) -> Float[Tensor, " rows"]:
+        """What a row of `int8_entries` is multiplied by."""
+        scale = tensors["centroid_scales"].float()[self._book_of(torch.arange(rows, device=tensors["codes"].device))]
+        return scale if self.scales is None else scale * tensors["scales"].float()
 
     @property
     def _outlier_dtype(self) -> torch.dtype:
