@@ -91,6 +91,18 @@ def save(model: PreTrainedModel, folder) -> str:
     return str(folder)
 
 
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """What a model makes of tokens, by default of `ids()`."""
+    return model.eval()(input_ids=ids() if tokens is None else tokens).logits
+
+
+def output_error(model: PreTrainedModel, original: PreTrainedModel, tokens: torch.Tensor | None = None) -> float:
+    """Relative squared error of the logits."""
+    found, expected = logits(model, tokens).double(), logits(original, tokens).double()
+    return ((found - expected).square().sum() / expected.square().sum()).item()
+
+
 def _bert_config() -> BertConfig:
     return BertConfig(
         vocab_size=VOCABULARY,

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.errors import ModelError
-from hf_slim.core.swap import encode_layer, get_keep, get_weight
+from hf_slim.core.swap import encode_layer, get_keep, get_weight, set_module
 from hf_slim.encodings.modules import EncodedModule
 from hf_slim.pruning.pattern import pack
 
@@ -51,6 +51,12 @@ def is_plain_lora(layer: Any) -> bool:
         and not any(layer.lora_bias.get(adapter) for adapter in layer.active_adapters)
         and not any(adapter in layer.lora_variant for adapter in layer.active_adapters)
     )
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put the layers that adapters wrap in the adapters' place."""
+    for name, layer in adapter_layers(model).items():
+        set_module(model, name, layer.base_layer)
 
 
 def merged_weight(layer: Any, W: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:

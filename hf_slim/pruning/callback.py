@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from hf_slim.core.errors import PlanError
 from hf_slim.core.experts import unfuse
 from hf_slim.core.units import Units, find_units
-from hf_slim.pruning.adapters import is_plain_lora
+from hf_slim.pruning.adapters import is_plain_lora, unwrap
 from hf_slim.pruning.checkpoint import folder_of, load_state, save_state
 from hf_slim.pruning.cycles import cycles, install
 from hf_slim.pruning.groups import prunable, survivors, unit_size, zero_biases
@@ -228,12 +228,14 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _units(model: nn.Module, targets: dict[str, Target], config: Config) -> list[Units]:
-    """Groups of the units to prune; fused experts are looked at in a copy that shares the weights."""
+    """Groups of the units to prune; fused experts, and layers under adapters, are looked at in a copy of the model that
+    shares its weights."""
     if config.units == "weight":
         return []
-    if any(target.expert is not None for target in targets.values()):
+    if any(target.expert is not None or target.adapter is not None for target in targets.values()):
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)
+        unwrap(model)
         unfuse(model)
     together = config.scope == "global"
     return prunable(find_units(model, (config.units,)), targets, config.units, config.sparsity, together=together)

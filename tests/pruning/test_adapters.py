@@ -36,11 +36,6 @@ def train(folder, model, pruning, **options):
     return trainer, callback
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=tiny.ids()).logits
-
-
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_pruning_under_adapters_is_exact_and_survives_the_merge(tmp_path, name, dropout):
@@ -48,15 +43,15 @@ def test_pruning_under_adapters_is_exact_and_survives_the_merge(tmp_path, name, 
     model = adapted(name, lora_dropout=dropout)
     trainer, callback = train(tmp_path, model, {"sparsity": 0.5, "every": 1})
     trainer.train()
-    expected = logits(model)
+    expected = tiny.logits(model)
     assert any(target.adapter is not None for target in callback.targets.values())
     assert not any("lora_" in layer or "base_layer" in layer for layer in callback.targets)
     merged = merge_and_unload(model)
     assert not any("lora_" in parameter for parameter, _ in merged.named_parameters())
     for layer, target in find_targets(merged, callback.config.layers).items():
         assert int((target.weight == 0).sum()) == round(0.5 * target.weight.numel()), layer
-    assert training.relative(logits(merged), expected) < 1e-5
-    assert (logits(merged) - logits(tiny.ALL[name]())).abs().max() > 1e-2
+    assert training.relative(tiny.logits(merged), expected) < 1e-5
+    assert (tiny.logits(merged) - tiny.logits(tiny.ALL[name]())).abs().max() > 1e-2
 
 
 def test_zeros_of_the_base_survive_training_and_merging(tmp_path):
@@ -65,11 +60,25 @@ def test_zeros_of_the_base_survive_training_and_merging(tmp_path):
     model = adapted(model=base)
     trainer, _ = train(tmp_path, model, {"sparsity": 0.0})
     trainer.train()
-    expected = logits(model)
+    expected = tiny.logits(model)
     merged = merge_and_unload(model)
     for target in find_targets(merged, Select()).values():
         assert int((target.weight == 0).sum()) == round(0.6 * target.weight.numel())
-    assert training.relative(logits(merged), expected) < 1e-5
+    assert training.relative(tiny.logits(merged), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["neuron", "head"])
+def test_whole_units_that_went_under_adapters_can_be_cut_out_of_the_merged_model(tmp_path, kind):
+    model = adapted()
+    trainer, callback = train(tmp_path, model, {"sparsity": 0.5, "units": kind, "every": 1})
+    trainer.train()
+    expected = tiny.logits(model)
+    assert callback.masks
+    merged = merge_and_unload(model)
+    assert training.relative(tiny.logits(merged), expected) < 1e-5
+    report = compress(merged, "prune.structurize", kinds=[kind])
+    assert report.metrics[f"removed_{kind}s"] == 2 * {"neuron": 36, "head": 1}[kind]
+    assert training.relative(tiny.logits(merged), expected) < 1e-5
 
 
 def test_a_plain_merge_would_fill_the_zeros(tmp_path):
@@ -88,7 +97,7 @@ def test_a_resumed_run_equals_a_straight_one(tmp_path):
     resumed = adapted()
     trainer, _ = train(tmp_path, resumed, {"sparsity": 0.6, "every": 1}, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert torch.equal(logits(resumed), logits(straight))
+    assert torch.equal(tiny.logits(resumed), tiny.logits(straight))
 
 
 def test_what_cannot_be_merged_is_refused():

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import architectures
+import jobs
 import pytest
 import tiny
 import torch
 import training
+from processes import together
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -33,7 +28,6 @@ from hf_slim.pruning.pruner import Memory, Pruner
 from hf_slim.pruning.shadow import add_decay, mask_into
 from hf_slim.pruning.targets import Target
 
-HERE = Path(__file__).parent
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
 TAYLOR, SHADOW = {"score": "taylor"}, {"score": "movement", "shadow": True}
 WAYS = [{}, TAYLOR, SHADOW]
@@ -134,21 +128,15 @@ def test_accumulating_micro_batches_is_one_large_batch(tmp_path, way):
     assert all(torch.equal(results[1][1][name], keep) for name, keep in results[0][1].items())
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    spec = importlib.util.spec_from_file_location("gradual_run", HERE / "gradual_run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, "-m", *launch, str(HERE / "gradual_run.py"), str(tmp_path), json.dumps(WAYS)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, way):
     start = training.weights(tiny.llama())
-    for way, two in zip(WAYS, torch.load(tmp_path / "results.pt", weights_only=True), strict=True):
-        one = module.run(str(tmp_path), way, rows_per_process=4)
-        assert (one["processes"], two["processes"]) == (1, 2)
-        assert training.relative(two["weights"] - start, one["weights"] - start) < 1e-5
-        assert all(torch.equal(two["masks"][name], keep) for name, keep in one["masks"].items())
+    one = jobs.prune_gradually(tmp_path, way, rows_per_process=4)
+    two = together(jobs.prune_gradually, tmp_path, way, 2)
+    assert [one["processes"], *(each["processes"] for each in two)] == [1, 2, 2]
+    for each in two:
+        assert training.relative(each["weights"] - start, one["weights"] - start) < 1e-5
+        assert all(torch.equal(each["masks"][name], keep) for name, keep in one["masks"].items())
 
 
 def test_bfloat16_training_is_exact_too(tmp_path):

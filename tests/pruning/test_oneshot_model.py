@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import architectures
+import jobs
 import pytest
 import tiny
 import torch
+from processes import together
 
 from hf_slim import compress
+from hf_slim.core import blocks
+from hf_slim.core.context import Context
 from hf_slim.core.errors import DataError, PlanError
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.stage import make_stage
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Affine, Sparse
+from hf_slim.methods import find_method
 from hf_slim.plan import order_problems
 
 METHODS = ["prune.wanda", "prune.sparsegpt", "prune.alps"]
 SOLVERS = METHODS[1:]
 IDS = tiny.ids(16, 32, seed=1)
 HELD_OUT = tiny.ids(4, 32, seed=2)
-
-
-def logits(model, ids=HELD_OUT):
-    with torch.no_grad():
-        return model(input_ids=ids).logits.double()
-
-
-def output_error(model, original):
-    expected = logits(original)
-    return ((logits(model) - expected).square().sum() / expected.square().sum()).item()
+logits, output_error = partial(tiny.logits, tokens=HELD_OUT), partial(tiny.output_error, tokens=HELD_OUT)
 
 
 def weights(model, report):
@@ -182,3 +180,39 @@ def test_rounded_survivors_are_codes_for_the_stages_that_follow():
     assert order_problems((make_stage("prune.sparsegpt"), train)) == []
     (problem,) = order_problems((make_stage("prune.sparsegpt", {"bits": 4}), train))
     assert "distill.logits, cannot follow stage 1, prune.sparsegpt" in problem
+
+
+def test_two_processes_with_the_same_windows_do_what_one_does():
+    options = {method: {"sparsity": 0.6} for method in METHODS}
+    one = jobs.compress_alike(options)
+    for states in together(jobs.compress_alike, options):
+        for method, state in one.items():
+            assert all(torch.equal(states[method][name], tensor) for name, tensor in state.items()), method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_with_the_very_same_numbers(method, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    saved = []
+
+    def dying(tensors, path):
+        if saved:
+            raise Killed
+        saved.append(path)
+        save(tensors, path)
+
+    def run(folder):
+        model, solver = tiny.llama(), find_method(method)
+        context = Context(windows=lambda role: IDS, blocks=folder)
+        return model, solver.apply(model, solver.Config(sparsity=0.6), context)
+
+    save, (straight, expected) = blocks.save_file, run(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "save_file", dying)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    resumed, report = run(tmp_path)
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in straight.state_dict().items())
+    assert report == expected

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import together
 from reference import tuning as slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +34,8 @@ STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 METHODS = ["quantize.autoround", "quantize.blockwise"]
 IDS = tiny.ids(32, 32, seed=1)
 HELD_OUT = tiny.ids(8, 32, seed=2)
+logits = partial(tiny.logits, tokens=HELD_OUT)
+output_error = partial(tiny.output_error, tokens=HELD_OUT)
 OPTIONS = {"bits": 2, "group_size": 16, "batch_tokens": 256, "iterations": 12}
 
 
@@ -41,16 +43,6 @@ def compressed(method, name="gpt2", data=IDS, **options):
     model = tiny.ALL[name]()
     report = compress(model, method, data=data, **(OPTIONS | options))
     return model, report
-
-
-def logits(model, ids=HELD_OUT):
-    with torch.no_grad():
-        return model(input_ids=ids).logits.double()
-
-
-def output_error(model, original):
-    expected = logits(original)
-    return ((logits(model) - expected).square().sum() / expected.square().sum()).item()
 
 
 def a_start(rows=6, cols=40, bits=3, group_size=16, symmetric=False, pruned=False, seed=0):
@@ -282,33 +274,12 @@ def test_trained_model_agrees_better_than_its_start(method):
     assert kl[1] < 0.8 * kl[0]
 
 
-PROGRAM = """
-import sys
-import tiny, torch
-from accelerate import PartialState
-from hf_slim.core.context import Context
-from hf_slim.quantization import autoround
-torch.set_num_threads(1)
-state = PartialState(cpu=True)
-windows = tiny.ids(16, 32, seed=1).repeat_interleave(state.num_processes, 0)
-model = tiny.llama()
-config = autoround.Config(bits=2, group_size=16, batch_tokens=128, iterations=6)
-autoround.apply(model, config, Context(windows=lambda role: windows))
-torch.save(model.state_dict(), f"{sys.argv[1]}-{state.num_processes}-{state.process_index}")
-"""
-
-
-def test_processes_with_the_same_windows_do_what_one_does(tmp_path):
+def test_processes_with_the_same_windows_do_what_one_does():
     """Gradients are averaged, so the numbers are the very same, in every process."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    for processes in (1, 2):
-        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, "-m", *launch, str(tmp_path / "program.py"), str(tmp_path / "state")]
-        environment = os.environ | {"PYTHONPATH": paths}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, *two = (torch.load(tmp_path / f"state-{name}") for name in ("1-0", "2-0", "2-1"))
+    options = {"quantize.autoround": OPTIONS | {"batch_tokens": 128, "iterations": 6}}
+    one, *two = (
+        x["quantize.autoround"] for x in (jobs.compress_alike(options), *together(jobs.compress_alike, options))
+    )
     assert any(key.endswith("codes") for key in one)
     for state in two:
         assert all(torch.equal(tensor, state[name]) for name, tensor in one.items())
