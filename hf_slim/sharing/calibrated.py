@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,17 +56,15 @@ class Known:
 Solve = Callable[[Tensor, Layer, Known], tuple[Encoded, float]]
 
 
-class Options(Protocol):
-    """Options that every calibrated method has."""
+class Options(MethodConfig):
+    """What all methods with calibration data take."""
 
-    @property
-    def damping(self) -> float: ...
-    @property
-    def guided(self) -> int | None: ...
-    @property
-    def true_sequential(self) -> bool: ...
-    @property
-    def min_tokens(self) -> int: ...
+    damping: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to the diagonal")
+    guided: int | None = Field(
+        None, ge=1, description="weigh tokens by squared gradients, for this many groups of rows"
+    )
+    true_sequential: bool = Field(False, description="o_proj sees what the shared q, k and v put out, and so on")
+    min_tokens: int = Field(32, ge=1, description="an expert that fewer tokens were routed to is clustered plainly")
 
 
 def compress(

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
 from hf_slim.core.layers import Encoded
-from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.method import Rules
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, Select
 from hf_slim.encodings import Codebook
@@ -52,8 +52,8 @@ SAMPLE = 1 << 16  # runs of a book that its first table is made from
 CHUNK = 1 << 23  # distances held at a time
 
 
-class Config(MethodConfig):
-    """Options of `share.vq`."""
+class Config(calibrated.Options):
+    """Options of `share.vq`; `lnq.Config` compares the two."""
 
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "dim", "scope", "scales", "centroids")
 
@@ -65,12 +65,6 @@ class Config(MethodConfig):
     iterations: int = Field(15, ge=1, description="of k-means, for the first tables")
     rounds: int = Field(2, ge=0, description="times that tables and indices are solved in turn after error feedback")
     cycles: int = Field(2, ge=1, description="times that every run is chosen anew in a round")
-    damping: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to the diagonal")
-    guided: int | None = Field(
-        None, ge=1, description="weigh tokens by squared gradients, for this many groups of rows"
-    )
-    true_sequential: bool = Field(False, description="o_proj sees what the shared q, k and v put out, and so on")
-    min_tokens: int = Field(32, ge=1, description="an expert that fewer tokens were routed to is clustered plainly")
     layers: Select = Select()
     embeddings: kmeans.Embeddings | None = None
 
