@@ -247,7 +247,7 @@ def _sum_members(
     for run in [slice(0, n)] if pruned else row_runs(n, cols):
         part = tensors if pruned else {"codes": tensors["codes"][run]}
         index, keep = encoding._codes(part, book[run], cols)
-        g = F.pad(G[run].double(), (0, -cols % d)).view(-1, d)
+        g = F.pad(G[run].double(), (0, -cols % d)).reshape(-1, d)
         if keep is not None:
             index, g = index[keep], g[keep.flatten()]
         for i in range(d):
