@@ -20,7 +20,13 @@ block put out for its own inputs X_i, H_i = X_iᵀX_i slightly damped, so that i
 
     W = (Σ W_i H_i) (Σ H_i)⁻¹
 
-Blocks of a trained model differ: tying costs much, and training afterwards (`distill.logits`) wins most of it back.
+Blocks of a trained model differ: tying costs much, and training afterwards (`distill.logits`) wins most of it back. On
+stories260K (5 blocks; 16 windows of 256 tokens to choose, 24 of held-out text; then 60 steps of 4 windows), perplexity
+4.03, one block tied goes to 10.0 and is trained to 5.8 from its source; from the mean to 29.3 and 8.3, from least
+squares to 27.3 and 8.2. Two go to 36.7 and 10.1 chosen by "kl", to 107.9 and 10.5 by "outputs", to 52.2 and 10.7 as
+neighbours. Removing blocks (`prune.depth`), which saves time as well, was better at the same size: 8.4 and 5.6 with one
+less, 23.2 and 9.5 with two. So try that first, and tie where a model needs its depth.
+
 What is shared is encoded once by stages after this, those that calibrate see what the first block of a group is fed.
 An adapter merged into a tied layer changes all blocks that share it: keep adapters beside tied weights.
 """
