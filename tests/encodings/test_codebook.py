@@ -112,6 +112,16 @@ def test_a_centroid_learns_the_sum_over_its_members(case):
         torch.testing.assert_close(c.grad, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_gradient_may_lie_in_any_order():
+    encoding, tensors, _ = CASES["pairs"]
+    G, found = torch.randn(COLS, ROWS, generator=torch.Generator().manual_seed(1)), []
+    for g in (G.T, G.T.contiguous()):
+        c = tensors["centroids"].float().requires_grad_()
+        encoding.decode(tensors | {"centroids": c}, ROWS, COLS).backward(g)
+        found.append(c.grad)
+    assert torch.equal(*found)
+
+
 def test_only_packed_codes_are_kept_for_the_gradient():
     encoding, tensors, _ = draw(bits=2, clusters=4, rows=64, cols=256)
     kept = []
