@@ -82,11 +82,6 @@ def quantized(name: str, way: str, dtype: torch.dtype = torch.float32):
     return model
 
 
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids()).logits
-
-
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / a.float().norm()).item()
 
@@ -102,7 +97,7 @@ def loaded_by_others(tmp_path_factory):
     for case in cases:
         folder = tmp_path_factory.mktemp("case")
         model = quantized(*case)
-        save_file({"ids": tiny.ids(), "logits": logits(model)}, folder / "ours")
+        save_file({"ids": tiny.ids(), "logits": tiny.logits(model)}, folder / "ours")
         (folder / "export").mkdir()
         ct.export(model, tiny.tokenizer(), folder / "export", ct.Config())
         folders.append(folder)
@@ -269,10 +264,10 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
 
 def test_script_writes_where_it_is_told_and_over_nothing(tmp_path):
     model = quantized("llama", "4 bits")
-    before = logits(model)
+    before = tiny.logits(model)
     report = hf_slim.compress(model, "export.compressed_tensors", to=str(tmp_path / "new"))
     assert report.metrics["bytes"] == sum(file.stat().st_size for file in (tmp_path / "new").iterdir())
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny.logits(model), before)
     kept = runs.snapshot(tmp_path)
     with pytest.raises(ArtifactError, match="exists; give another name"):
         hf_slim.compress(model, "export.compressed_tensors", to=str(tmp_path / "new"))

@@ -50,11 +50,6 @@ def loss(model, ids: torch.Tensor) -> float:
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids(), attention_mask=torch.ones_like(tiny.ids())).logits
-
-
 def stored(model) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": tensor.clone()
@@ -73,18 +68,18 @@ def test_adapters_train_save_and_reload(architecture, method, tmp_path):
     assert trainable
     assert all("lora_" in name for name in trainable)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    before, start = stored(model), logits(model.eval())
+    before, start = stored(model), tiny.logits(model.eval())
     before_loss, after_loss = train(model, tmp_path)
     assert after_loss < 0.95 * before_loss
     assert all(torch.equal(tensor, before[name]) for name, tensor in stored(model).items())
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
-    assert not torch.equal(logits(model), start)
+    assert not torch.equal(tiny.logits(model), start)
 
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
-    assert torch.equal(logits(again.eval()), logits(model))
+    assert torch.equal(tiny.logits(again.eval()), tiny.logits(model))
     with again.disable_adapter():
-        assert torch.equal(logits(again), start)
+        assert torch.equal(tiny.logits(again), start)
 
 
 @each_architecture
@@ -92,12 +87,12 @@ def test_adapters_train_save_and_reload(architecture, method, tmp_path):
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merging_into_codes_is_refused(architecture, method, safe_merge, tmp_path):
     model = adapted(architecture, saved(architecture, method, tmp_path), init_lora_weights=False).eval()
-    before, expected = stored(model), logits(model)
+    before, expected = stored(model), tiny.logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(SlimError, match=r"model\.dequantize\(\)"):
             merge(safe_merge=safe_merge)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stored(model).items())
-    assert torch.equal(logits(model), expected)  # the adapter still works
+    assert torch.equal(tiny.logits(model), expected)  # the adapter still works
 
 
 @each_architecture
@@ -105,29 +100,29 @@ def test_merging_into_codes_is_refused(architecture, method, safe_merge, tmp_pat
 def test_merging_works_once_the_model_is_dense(architecture, method, tmp_path):
     folder = saved(architecture, method, tmp_path)
     model = adapted(architecture, folder, init_lora_weights=False).eval()
-    expected = logits(model)
+    expected = tiny.logits(model)
     model.save_pretrained(tmp_path / "adapter")
     dense = AutoModelForCausalLM.from_pretrained(folder).dequantize()
     merged = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").merge_and_unload()
-    torch.testing.assert_close(logits(merged.eval()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tiny.logits(merged.eval()), expected, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(again), logits(merged))
+    assert torch.equal(tiny.logits(again), tiny.logits(merged))
     assert not hasattr(again.config, "quantization_config")
 
 
 @each_architecture
 def test_making_an_adapted_model_dense_keeps_its_adapter_or_is_refused(architecture, tmp_path):
     model = adapted(architecture, saved(architecture, "rtn", tmp_path), init_lora_weights=False).eval()
-    expected = logits(model)
+    expected = tiny.logits(model)
     if architecture == "gpt2":  # PEFT wrapped linear layers, and would merge into Conv1D layers the wrong way round
         with pytest.raises(SlimError, match=r"model\.unload\(\)"):
             model.get_base_model().dequantize()
-        assert torch.equal(logits(model), expected)
+        assert torch.equal(tiny.logits(model), expected)
         return
     model.get_base_model().dequantize()
-    assert torch.equal(logits(model), expected)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(tiny.logits(model), expected)
+    torch.testing.assert_close(tiny.logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
 @each_architecture
@@ -136,7 +131,7 @@ def test_unloading_gives_the_encoded_model_back(architecture, tmp_path):
     model = adapted(architecture, folder, init_lora_weights=False).eval()
     plain = AutoModelForCausalLM.from_pretrained(folder)
     back = model.unload()
-    assert torch.equal(logits(back), logits(plain))
+    assert torch.equal(tiny.logits(back), tiny.logits(plain))
     assert [type(m) for m in back.modules()] == [type(m) for m in plain.modules()]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -17,6 +19,7 @@ from hf_slim.quantization.grid import from_grid
 
 IDS = tiny.ids(12, 32, seed=1)
 HELD_OUT = tiny.ids(4, 32, seed=2)
+output_error = partial(tiny.output_error, tokens=HELD_OUT)
 OPTIONS = {"bits": 4, "group_size": 16}
 
 
@@ -28,12 +31,6 @@ def with_outliers(name, dtype=torch.float32):
         if parameter.dim() == 1 and key.endswith("weight"):
             parameter.data[torch.randperm(len(parameter), generator=generator)[:3]] *= 20
     return model
-
-
-def output_error(model, original):
-    with torch.no_grad():
-        expected = original(input_ids=HELD_OUT).logits.double()
-        return ((model(input_ids=HELD_OUT).logits - expected).square().sum() / expected.square().sum()).item()
 
 
 def problem(seed=0, tokens=512, cols=32):

@@ -22,11 +22,6 @@ STOCK = {
 }
 
 
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids()).logits
-
-
 def same_state(a, b) -> None:
     here, there = a.state_dict(), b.state_dict()
     assert here.keys() == there.keys()
@@ -43,20 +38,20 @@ def test_the_stage_gives_what_loading_with_the_config_gives(architecture, format
     stock = AutoModelForCausalLM.from_pretrained(folder, quantization_config=STOCK[format])
     hf_slim.compress(dense, "quantize.bnb", format=format)
     same_state(dense, stock)
-    assert torch.equal(logits(dense), logits(stock))
-    assert not torch.equal(logits(dense), logits(tiny.CAUSAL[architecture]()))
+    assert torch.equal(tiny.logits(dense), tiny.logits(stock))
+    assert not torch.equal(tiny.logits(dense), tiny.logits(tiny.CAUSAL[architecture]()))
 
 
 @pytest.mark.parametrize("options", [{}, {"double_quant": True}, {"format": "int8"}])
 def test_the_artifact_is_a_stock_one_and_loads_with_the_same_logits(options, tmp_path):
     model = tiny.llama(torch.bfloat16)
     hf_slim.compress(model, "quantize.bnb", layers={"exclude": ["layers.0.*"]}, **options)
-    before = logits(model)
+    before = tiny.logits(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.config.quantization_config.quant_method == "bitsandbytes"
     same_state(model, loaded)
-    assert torch.equal(logits(loaded), before)
+    assert torch.equal(tiny.logits(loaded), before)
     assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
@@ -82,10 +77,10 @@ def find_method_plan(model, options):
 def test_a_model_with_encoded_layers_is_refused_before_anything_changes():
     model = tiny.llama()
     hf_slim.compress(model, "quantize.rtn", layers={"include": ["down_proj"]}, group_size=8)
-    before = logits(model)
+    before = tiny.logits(model)
     with pytest.raises(PlanError, match=r"down_proj is already stored as 4-bit g8; .* leave the earlier stage out"):
         hf_slim.compress(model, "quantize.bnb", layers={"include": ["up_proj"]})
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny.logits(model), before)
 
 
 def test_a_model_of_uneven_widths_is_refused_before_anything_changes():
@@ -93,10 +88,10 @@ def test_a_model_of_uneven_widths_is_refused_before_anything_changes():
     for name, rows, cols in (("gate_proj", True, False), ("up_proj", True, False), ("down_proj", False, True)):
         kept = torch.arange(16)
         cut_layer(model, f"model.layers.0.mlp.{name}", kept if rows else None, kept if cols else None)
-    before = logits(model)
+    before = tiny.logits(model)
     with pytest.raises(PlanError, match="bitsandbytes has one shape for all"):
         hf_slim.compress(model, "quantize.bnb")
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny.logits(model), before)
 
 
 def test_nothing_but_measuring_may_follow():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,9 @@ from hf_slim.evaluation.agreement import agreement
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 IDS = tiny.ids(12, 32, seed=1)
 HELD_OUT = tiny.ids(4, 32, seed=2)
+logits = partial(tiny.logits, tokens=HELD_OUT)
+output_error = partial(tiny.output_error, tokens=HELD_OUT)
 GPTQ = {"bits": 3, "group_size": 16}
-
-
-def logits(model, ids=HELD_OUT):
-    with torch.no_grad():
-        return model(input_ids=ids).logits.double()
-
-
-def output_error(model, original):
-    """Relative squared error of the logits on held-out tokens."""
-    expected = logits(original)
-    return ((logits(model) - expected).square().sum() / expected.square().sum()).item()
 
 
 def errors(name, **options):

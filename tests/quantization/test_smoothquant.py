@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from hf_slim.quantization import scaling, smoothquant
 
 IDS = tiny.ids(12, 32, seed=1)
 HELD_OUT = tiny.ids(4, 32, seed=2)
+output_error = partial(tiny.output_error, tokens=HELD_OUT)
 
 
 def with_outliers(name, dtype=torch.float32):
@@ -39,12 +42,6 @@ READERS = {
     "ln_1": ("c_attn",),
     "ln_2": ("c_fc",),
 }
-
-
-def output_error(model, original):
-    with torch.no_grad():
-        expected = original(input_ids=HELD_OUT).logits.double()
-        return ((model(input_ids=HELD_OUT).logits - expected).square().sum() / expected.square().sum()).item()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])

@@ -31,11 +31,6 @@ TRAIN = (
 )
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=tiny.ids()).logits
-
-
 @pytest.fixture
 def memory(monkeypatch):
     """The model that the run held in memory at its end."""
@@ -57,7 +52,7 @@ def test_artifact_loads_and_computes_what_the_run_did(tmp_path, memory, name, dt
     report = run_recipe(place.recipe(PRUNE, EVERYTHING), place.out)
     model = AutoModelForCausalLM.from_pretrained(place.out, dtype="auto")
     assert model.dtype == dtype
-    assert torch.equal(logits(model), logits(memory[0]))
+    assert torch.equal(tiny.logits(model), tiny.logits(memory[0]))
     assert AutoTokenizer.from_pretrained(place.out)("abc")["input_ids"] == tiny.tokenizer()("abc")["input_ids"]
     assert set(report.files) == set(runs.snapshot(place.out))
     assert {"README.md", "config.json", "model.safetensors", "slim.json", "tokenizer.json"} <= set(report.files)
@@ -160,7 +155,7 @@ def test_zeros_made_while_distilling_survive_to_the_artifact(tmp_path, memory, l
     distilled, _, agreement, _ = report.stages
     assert distilled.metrics["steps"] == 6
     assert agreement.metrics["kl"] > 0
-    assert torch.equal(logits(model), logits(memory[0]))
+    assert torch.equal(tiny.logits(model), tiny.logits(memory[0]))
 
 
 def test_nothing_is_left_beside_the_artifact(tmp_path):
