@@ -113,7 +113,7 @@ def refit_left(
 
 
 def follow_drift(
-    W: Float[Tensor, "rows cols"], drift: Float[Tensor, "cols cols"], H: Float[Tensor, "cols cols"]
+    W: Float[Tensor, "rows cols"], drift: Float[Tensor, "cols cols"], H: Float[Tensor, "cols cols"], share: float = 1.0
 ) -> Float[Tensor, "rows cols"]:
     """The weight that answers the compressed model's inputs x^ most like W answers the dense model's x: least squares.
 
@@ -122,9 +122,10 @@ def follow_drift(
     Args:
         drift: D = E[(x - x^) x^ᵀ].
         H: E[x^ x^ᵀ], damped: positive definite, a pull towards W.
+        share: how far from W to M.
     """
     W = W.double()
-    return W + torch.linalg.solve(H.double(), (W @ drift.double()).T).T
+    return W + share * torch.linalg.solve(H.double(), (W @ drift.double()).T).T
 
 
 def damp(H: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:

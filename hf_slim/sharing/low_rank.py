@@ -5,10 +5,11 @@ Minimises the squared error of the layer's output, tr((W - M) H (W - M)ᵀ) with
 
     directions   U, s: eigenvectors and roots of the eigenvalues of W H Wᵀ, the second moments of the outputs
     factors      M = A B,  A = U_r,  B = U_rᵀ W;   the loss is exactly the sum of the dropped s_i²  (`directions.py`)
-    ranks        given; by a share of the bytes; by a share of the energy; or of least total loss, in shares of each
-                 layer's output, within a budget of bytes for all layers  (`ranks.py`)
+    ranks        given; by a share of the bytes; by a share of the energy; or by a budget of bytes for all layers, for
+                 the least sum of squares of each layer's loss as a share of its output  (`ranks.py`)
     refit        W first becomes the weight that answers the inputs which the compressed model really feeds the layer
-                 most like W answers the dense model's: M* = W + W D H^-1, D = 2/n sum (x - x^) x^ᵀ  (`drift.py`)
+                 most like W answers the dense model's: M* = W + W D H^-1, D = 2/n sum (x - x^) x^ᵀ  (`drift.py`).
+                 We go half way: all the way, every layer works on drift that is beyond repair
 
 `basis: weight` takes H = I, plain SVD, which needs no data; `activations` is PCA of the outputs and whitened SVD both.
 `factors` stores A and B on a grid: B is rounded, A refitted to that by least squares, then rounded itself. `residual`
@@ -20,7 +21,18 @@ rows * cols / (rows + cols); a budget leaves layers dense where that serves bett
 
 Where we differ: no Cholesky factor or inverse of H, so a rank-deficient H is no special case. The authors refit A alone
 to the compressed inputs; M* is the best for any rank, and both factors come from it. Their v2 shares ranks out by a
-formula of each matrix type's loss; we minimise the total of all layers' measured losses.
+formula of each matrix type's loss. Squares keep any one layer from losing much, which the others cannot make up for.
+
+Measured on a trained Llama of 260k weights, calibrated with 12k tokens, blocks alone; cross entropy on held-out
+stories, 1.40 when dense:
+
+    bytes kept                    0.9      0.8      0.6
+    plain SVD, same share                  5.06     6.90
+    same share, refit 0                    3.32
+    same share, refit 1                    3.26
+    same share, refit 0.5         2.58     2.99     3.91
+    budget, sum of losses         1.76     3.05     4.23
+    budget, sum of squares        1.77     2.78     3.78
 """
 
 from __future__ import annotations
@@ -94,7 +106,9 @@ class Config(Sized):
     basis: Literal["activations", "weight"] = Field(
         "activations", description="directions of most output energy, or of the weight alone, without data"
     )
-    refit: bool = Field(True, description="follow the drift of the inputs; basis activations, without residual")
+    refit: float = Field(
+        0.5, ge=0, le=1, description="how far to follow the drift of the inputs; basis activations, without residual"
+    )
     damping: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to the diagonal")
     residual: bool = Field(False, description="add the product to what quantized or pruned layers store")
     min_tokens: int = Field(32, ge=1, description="an expert that fewer tokens were routed to: basis weight")
@@ -224,7 +238,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             if (found := solver.solution(layer, None, None)) is not None:
                 rows.append(put_layer(model, layer, found.encoded, metrics=found.metrics))
     else:
-        follow = config.refit and not config.residual
+        follow = config.refit > 0 and not config.residual
         rows += walk(model, list(linear.values()), windows, solver.solve, context, reference=follow)
     done = {row.name for row in rows}
     left = [
@@ -265,7 +279,7 @@ class _Solver:
     def solve(self, statistics: Mapping[str, Statistics], block: Block | None) -> dict[str, Solution]:
         """Factorise the layers that there are statistics of."""
         seen = {name: known for name, known in statistics.items() if not self.layers[name].routed}
-        follow = self.config.refit and not self.config.residual and block is not None
+        follow = self.config.refit > 0 and not self.config.residual and block is not None
         drift = measure_drift(self.model, block, seen) if follow and block is not None and seen else {}
         found = {n: self.solution(self.layers[n], known, drift.get(n)) for n, known in statistics.items()}
         return {name: solution for name, solution in found.items() if solution is not None}
@@ -275,7 +289,7 @@ class _Solver:
         here, _ = options_of(layer, self.config)
         H = None if known is None else self._metric(layer, known)
         W = self._target(layer.name)
-        M = W if H is None or drift is None else follow_drift(W, drift, H)
+        M = W if H is None or drift is None else follow_drift(W, drift, H, self.config.refit)
         U, energies = output_directions(M, H)
         rank = self.ranks.get(layer.name, encoding(layer, self.config).rank)
         if here.energy is not None:
@@ -325,14 +339,15 @@ class _Solver:
 
 
 def budgeted_ranks(layers: list[Layer], energies: list[Tensor], config: Config) -> dict[str, int | None]:
-    """The rank of every layer, of least total loss within the budget; None for a layer that stays as it is."""
+    """The rank of every layer under the budget, for the least sum of squared losses; None for one that stays dense."""
     losses, costs, ranks = [], [], []
     share = 0.0
     for layer, energy in zip(layers, energies, strict=True):
         here, share_of_layer = options_of(layer, config)
         share = share_of_layer or share
         useful = range(here.multiple, most_useful_rank(layer, config) + 1, here.multiple)
-        loss, cost = losses_of_ranks(energy, useful), [bytes_of_factors(layer, rank, here) for rank in useful]
+        loss = [share_lost**2 for share_lost in losses_of_ranks(energy, useful)]
+        cost = [bytes_of_factors(layer, rank, here) for rank in useful]
         if not config.residual:
             loss, cost = [*loss, 0.0], [*cost, dense_bytes(layer)]
         losses.append(loss)
