@@ -180,6 +180,7 @@ def order_problems(stages: tuple[Stage, ...]) -> list[str]:
                     f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
                     f"{_LOSSES.get(what, what)}; {remedy}"
                 )
+        made = {what: maker for what, maker in made.items() if what not in _frees(stage)}
         made |= dict.fromkeys(_makes(stage), (number, stage.method))
         later = [(n, s.method) for n, s in enumerate(stages[number:], number + 1) if changes_model(s.method)]
         if is_export(stage.method) and later:
@@ -229,6 +230,12 @@ def _makes(stage: Stage) -> tuple[str, ...]:
     method, during = find_method(stage.method), getattr(stage.options, "during", ())
     own = method.makes(stage.options) if hasattr(method, "makes") else method.RULES.makes
     return own + tuple(what for inner in during for what in _makes(inner))
+
+
+def _frees(stage: Stage) -> tuple[str, ...]:
+    """Properties that later stages need not heed any more."""
+    method = find_method(stage.method)
+    return method.frees(stage.options) if hasattr(method, "frees") else ()
 
 
 def _memory(stage: Stage, layers: dict[str, Layer], other: int) -> int:

@@ -136,7 +136,14 @@ def needs(config: Config) -> tuple[str, ...]:
 
 def makes(config: Config) -> tuple[str, ...]:
     """Codes, where the factors are stored as such."""
-    return ("codes",) if config.factors is not None else ()
+    if config.factors is None:
+        return ()
+    return ("centroids",) if config.factors.grid == "codebook" else ("codes",)
+
+
+def frees(config: Config) -> tuple[str, ...]:
+    """A dense residual can be trained beside whatever codes it corrects."""
+    return ("codes", "centroids") if config.residual and config.factors is None else ()
 
 
 def streaming_problem(config: Config) -> str | None:

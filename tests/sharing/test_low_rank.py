@@ -19,7 +19,7 @@ from hf_slim.core.select import find_layers
 from hf_slim.core.stage import make_stage
 from hf_slim.encodings import LowRank
 from hf_slim.encodings.modules import EncodedLinear
-from hf_slim.plan import plan_stage
+from hf_slim.plan import order_problems, plan_stage
 from hf_slim.sharing.directions import (
     balanced,
     damp,
@@ -235,6 +235,31 @@ def test_zeros_of_a_pruned_base_cost_nothing_beside_a_residual():
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     assert layer.encoding.base.kind == "sparse"
     assert layer.nbytes() < layer.rows * layer.cols * 4
+
+
+def test_distillation_may_follow_factors_and_residuals_but_not_codes():
+    def order(*stages: tuple[str, dict]) -> list[str]:
+        return order_problems(tuple(make_stage(*stage) for stage in (*stages, ("distill.logits", {}))))
+
+    coded = ("quantize.rtn", {"bits": 2})
+    assert order(("share.low_rank", {"rank": 4})) == []
+    assert order(("share.low_rank", {"rank": 4, "factors": {"grid": "codebook"}})) == []
+    assert order(coded, ("share.low_rank", {"rank": 4, "residual": True})) == []
+    assert len(order(("share.low_rank", {"rank": 4, "factors": {}}))) == 1
+    assert len(order(coded, ("share.low_rank", {"rank": 4, "residual": True, "factors": {}}))) == 1
+
+
+def test_a_residual_learns_from_the_original_while_the_codes_stay():
+    original, model = tiny.llama(), tiny.llama()
+    hf_slim.compress(model, "quantize.rtn", bits=2, group_size=None)
+    hf_slim.compress(model, "share.low_rank", data=DATA, original=original, rank=4, residual=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"steps": 8, "batch_size": 4, "learning_rate": 1e-3}
+    report = hf_slim.compress(model, "distill.logits", data=DATA, original=original, **options)
+    assert report.metrics["last_loss"] < report.metrics["first_loss"]
+    changed = {name.rpartition(".")[2] for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert {"left", "right"} <= changed
+    assert not any(name.startswith("base_") for name in changed)
 
 
 def test_a_plain_trainer_trains_the_factors_and_what_is_saved_is_what_was_trained(tmp_path):
