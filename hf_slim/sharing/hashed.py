@@ -27,8 +27,8 @@ learning at 16 times for both, the better one shown):
     dense, cut                       15.5    21.7    29.4
 
 Longer blocks cost nothing, and restoring the norm, whose error is larger, does not pay. The rival stays ahead, by less
-the smaller both are: 1.6 times at 4, 1.2 at 16. The paper's crossing, which it finds at 1/8 to 1/64 for nets trained
-from scratch on images, is beyond what this model can be cut to. Share by hashing where nothing else fits.
+the smaller both are: 1.6 times at 4, 1.2 at 16. In the paper, whose nets learn images from scratch, hashing is a little
+ahead at 8 times and far ahead at 64, which this model cannot be cut to. Share by hashing where nothing else fits.
 
 Shapes: W [rows, cols]; buckets [K / block, block]; exact_ids int64 [exact], ascending. Time O(n), memory O(n).
 """
