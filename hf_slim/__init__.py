@@ -19,13 +19,17 @@ from hf_slim.pruning.adapters import merge_and_unload
 from hf_slim.pruning.gradual import GradualMagnitudePruning
 from hf_slim.pruning.trainer import PruningTrainer
 from hf_slim.quantization.qat import FakeQuantize
+from hf_slim.sharing.deep_kmeans import DeepKMeans
+from hf_slim.sharing.recluster import ReassignCodes
 
 __all__ = [
+    "DeepKMeans",
     "DistillationConfig",
     "DistillationTrainer",
     "FakeQuantize",
     "GradualMagnitudePruning",
     "PruningTrainer",
+    "ReassignCodes",
     "SlimConfig",
     "SlimError",
     "__version__",

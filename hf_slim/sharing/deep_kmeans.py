@@ -22,6 +22,13 @@ while `warmup` lasts, and fades as weights reach their centroids. For the last `
 their centroids: members move together, by the mean of their steps, and values are rounded as they will be stored. So
 the model that is stored is the one that was trained.
 
+Loss on unseen stories of a Llama of 260,000 weights after 60 steps of 1024 tokens (one table a matrix; mean of two
+seeds at 2 bits, one at 3; 1.50 with dense weights):
+
+    bits    trained, then k-means    centroids fine-tuned, no penalty    with the penalty
+    3       2.68                     2.46                                2.39
+    2       5.43                     4.95                                4.86
+
 Where we differ: F comes from the smaller of both Gram matrices; λ is set by gradients; the paper fine-tunes all other
 layers instead of the centroids. Weights that are zero are pruned ones: no penalty moves them, and they stay zero.
 """
@@ -78,7 +85,7 @@ class Config(MethodConfig):
     strength: float = Field(0.1, gt=0, description="the penalty's gradient beside the loss's, once warm and at first")
     warmup: float = Field(0.2, ge=0, le=1, description="share of the training before sharing in which it grows")
     refresh: PositiveInt = Field(20, description="steps between new centroids, or directions")
-    finetune: float = Field(0.3, ge=0, lt=1, description="last share of the training, in which centroids learn")
+    finetune: float = Field(0.5, ge=0, lt=1, description="last share of the training, in which centroids learn")
     layers: Select = Select()
     training: TrainingOptions = Field(TrainingOptions(), description="how to train, where this is a stage of its own")
 
@@ -318,9 +325,13 @@ class DeepKMeans(TrainerCallback, ExportableState):
             if pulled.members is not None:
                 pulled.members.after_step(pulled.weight)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, *, optimizer=None, **kwargs):
         """Share weights when it is time to, and look anew where they are drawn to until then."""
         step = state.global_step
+        if step == self._share_at and optimizer is not None:
+            for pulled in self._pulled:
+                # Means over members are far smaller than what Adam remembers of single gradients: they would not count.
+                optimizer.state.pop(pulled.module.weight, None)
         if step == self._share_at or (step < self._share_at and step % self.config.refresh == 0):
             self._take_up(step)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 import training
 from reference import deep_kmeans as oracle
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import hf_slim
 from hf_slim import DistillationConfig, DistillationTrainer, GradualMagnitudePruning
@@ -22,6 +24,8 @@ from hf_slim.sharing.deep_kmeans import Config, DeepKMeans, directions, outside,
 from hf_slim.sharing.members import Members
 from hf_slim.sharing.vectors import cluster_vectors
 
+SHARED = Path(__file__).parents[3] / "shared"
+STORIES, TEXT = SHARED / "models" / "stories260K", SHARED / "data" / "tinystories"
 OPTIONS = {"bits": 2, "scope": "tensor", "refresh": 2, "finetune": 0.5}
 RUNS = {"bits": 1, "dim": 8, "scope": "tensor", "refresh": 2, "finetune": 0.5}
 
@@ -173,6 +177,41 @@ def test_the_penalty_draws_weights_to_centroids(tmp_path):
         found.append(sharing.distances)
     assert found[0][0] == found[1][0]
     assert found[1][-1] < 0.9 * found[0][-1]
+
+
+def test_sharing_forgets_what_adam_knew_of_single_weights(tmp_path):
+    sharing = DeepKMeans(OPTIONS)
+    trainer = make(tmp_path, [sharing], max_steps=4)
+    trainer.train()
+    state = trainer.optimizer.state
+    assert {int(state[pulled.module.weight]["step"]) for pulled in sharing._pulled} == {2}
+    assert int(state[trainer.model.model.norm.weight]["step"]) == 4
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no trained model in ../shared/models/stories260K")
+def test_it_beats_training_first_and_k_means_afterwards(tmp_path):
+    tokenizer, text = AutoTokenizer.from_pretrained(STORIES), (TEXT / "train.txt").read_text()[:90_000]
+    ids = torch.tensor(tokenizer(text)["input_ids"])[: 240 * 64].view(-1, 64)
+    seen, unseen = [{"input_ids": row, "labels": row} for row in ids[:192]], ids[192:]
+    losses = {}
+    for name, callbacks in {"rival": [], "ours": [DeepKMeans(bits=3, scope="tensor", refresh=8, finetune=0.5)]}.items():
+        trainer = Trainer(
+            AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32),
+            training.arguments(
+                tmp_path, max_steps=32, per_device_train_batch_size=6, optim="adamw_torch", learning_rate=1e-3
+            ),
+            train_dataset=seen,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        model = trainer.model.eval()
+        if callbacks:
+            callbacks[0].store(model)
+        else:
+            hf_slim.compress(model, "share.kmeans", bits=3, scope="tensor")
+        with torch.no_grad():
+            losses[name] = model(input_ids=unseen, labels=unseen).loss.item()
+    assert losses["ours"] < losses["rival"] - 0.1, losses
 
 
 def test_pruned_weights_stay_zero(tmp_path):
