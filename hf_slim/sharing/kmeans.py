@@ -213,6 +213,11 @@ def _anchor_zero(h: Float[Tensor, "books n"] | None, pruned: Bool[Tensor, "books
     return torch.where(pruned, 1e6 * total / pruned.sum(1, keepdim=True).clamp(min=1), h)
 
 
+def makes(config: Config) -> tuple[str, ...]:
+    """What it makes of weights: integer tables cannot learn."""
+    return ("codes",) if config.centroids == "int8" else RULES.makes
+
+
 def needs(config: Config) -> tuple[str, ...]:
     """The data that it needs with these options."""
     return ("calibration",) if config.feedback or config.importance == "fisher" else RULES.needs
