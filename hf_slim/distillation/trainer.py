@@ -305,7 +305,7 @@ class DistillationTrainer(Trainer):
             weights = keep.unsqueeze(1) * real / real.sum(1, keepdim=True).clamp(min=1)
         else:
             weights = keep.view(shape).float()
-        maps = (outputs.get("attentions"), taught.maps)
+        maps = (outputs.get("attentions"), taught.maps) if self.features.maps else None  # pyright: ignore[reportOptionalMemberAccess]
         return self.features.sums(seen, taught.seen, weights, real, maps)  # pyright: ignore[reportOptionalMemberAccess]
 
     def _check_finite(self, loss: Tensor, taught: _Taught, keep: Tensor) -> None:

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import encodings as oracle
+from reference import hashed as hashing
 
 from hf_slim.core.errors import ArtifactError
-from hf_slim.encodings import KINDS, Affine, Codebook, Sparse, read_encoding
+from hf_slim.encodings import KINDS, Affine, Codebook, Hashed, LowRank, Sparse, read_encoding
 from hf_slim.encodings.codes import load_codes
 
 ROWS, COLS = 6, 40
@@ -75,6 +76,19 @@ def sparse(share: float, dtype: torch.dtype, shape=(ROWS, COLS)):
     return encoding, tensors, W.float().where(keep, 0).numpy()
 
 
+def hashed(buckets: int, block: int):
+    encoding = Hashed(buckets=buckets, block=block, seed=3)
+    values = torch.randn(buckets, block, generator=torch.Generator().manual_seed(0))
+    return encoding, {"buckets": values}, hashing.decode(values.numpy(), ROWS, COLS, 3, {})
+
+
+def low_rank(rank: int):
+    """Factors of small whole numbers, whose product is exact in any order."""
+    generator = torch.Generator().manual_seed(rank)
+    A, B = (torch.randint(-4, 5, shape, generator=generator).float() for shape in ((ROWS, rank), (rank, COLS)))
+    return LowRank(rank=rank), LowRank(rank=rank).pack(A, B), A.numpy() @ B.numpy()
+
+
 CASES = {
     **{f"affine-{bits}-{size}-{share}": affine(bits, size, bits % 2 == 0, share)
        for bits in range(1, 9) for size in (None, 16, 64) for share in SHARES},
@@ -84,6 +98,8 @@ CASES = {
        for bits in range(1, 9) for book in (None, 1, 4) for share in SHARES},
     **{f"sparse-{share}-{dtype}": sparse(share, dtype)
        for share in SHARES[1:] for dtype in (torch.float32, torch.bfloat16)},
+    **{f"hashed-{block}": hashed(7, block) for block in (1, 16)},
+    **{f"low-rank-{rank}": low_rank(rank) for rank in (1, 5)},
 }  # fmt: skip
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -176,8 +192,8 @@ def test_sparse_gradients_reach_the_survivors():
     ("description", "hint"),
     [
         ({"kind": "afine", "bits": 4}, "did you mean 'affine'?"),
-        ({"kind": None}, "known: affine, codebook, sparse"),
-        ({}, "known: affine, codebook, sparse"),
+        ({"kind": None}, "known: affine, codebook, hashed, low_rank, sparse"),
+        ({}, "known: affine, codebook, hashed, low_rank, sparse"),
         ({"kind": "affine", "bits": 4, "group_sise": 64}, "did you mean 'group_size'?"),
         ({"kind": "affine", "bits": 9}, "bits"),
         ({"kind": "affine"}, "bits"),
