@@ -9,9 +9,9 @@ an order drawn anew, by the seed, for every pass over the data; learning rates f
 The iterate that is kept is the best of three: before, halfway and at the end, L is measured on a fixed eighth of the
 batches (four at most). If nothing beats the start, the block stays as it was, and says so.
 
-L is a sum over all tokens, though in later blocks of SmolLM2-135M the first one holds up to 98 % of the power: with every
-token's error divided by its own power, 3 bits give perplexity 24.26 where the sum gives 23.56. What attention rests on
-has to be exact.
+L is a sum over all tokens, though in later blocks of SmolLM2-135M the first one holds up to 98 % of the power: with
+every token's error divided by its own power, 3 bits give perplexity 24.26 where the sum gives 23.56. What attention
+rests on has to be exact.
 
 Under `accelerate launch` every process draws batches from its own windows, and gradients are averaged.
 """
