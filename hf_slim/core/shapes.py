@@ -265,7 +265,7 @@ def _shorter(config: PretrainedConfig, count: int, kept: Sequence[int]) -> Itera
         owner = getattr(made, part) if part else made
         for key, value in list(vars(text).items()):
             if isinstance(value, list | tuple) and not key.startswith("_"):
-                setattr(owner, key, type(value)(_renumbered(value, count, kept)))
+                setattr(owner, key, type(value)(renumbered(value, count, kept)))
         for key in chosen:
             setattr(owner, key, len(kept))
         try:
@@ -275,7 +275,7 @@ def _shorter(config: PretrainedConfig, count: int, kept: Sequence[int]) -> Itera
         yield made
 
 
-def _renumbered(values: Sequence[Any], count: int, kept: Sequence[int]) -> list[Any]:
+def renumbered(values: Sequence[Any], count: int, kept: Sequence[int]) -> list[Any]:
     """A list of the config: one entry a block, or numbers of blocks, or something else."""
     if len(values) == count:
         return [values[number] for number in kept]

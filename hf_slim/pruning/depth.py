@@ -183,15 +183,25 @@ def notes(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> l
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:
     """Remove blocks from a model."""
-    stack, count = _settle(model, config)
+    stack, _ = _settle(model, config)
     layers = find_layers(model)
-    windows = context.tokens("calibration")[: config.windows]
-    batches = list(_own(windows).split(max(1, BATCH_TOKENS // windows.shape[1])))
-    with evaluating(model):
-        order, losses = _choose(model, stack, config, count, batches, context)
+    order, losses = choose_blocks(model, config, context)
     rows = [_removed(layer) for layer in layers.values() if layer.place and layer.block in _names(stack, order)]
     keep_blocks(model, stack, [i for i in range(len(stack.blocks)) if i not in order])
     return StageReport(layers=rows, metrics={"stack": stack.name, "removed": order, "kl": losses})
+
+
+def choose_blocks(model: PreTrainedModel, config: Config, context: Context) -> tuple[list[int], list[float]]:
+    """The blocks to remove, in order, and the KL after each removal; the model stays as it is.
+
+    Raises:
+        PlanError: as for `plan`.
+    """
+    stack, count = _settle(model, config)
+    windows = context.tokens("calibration")[: config.windows]
+    batches = list(_own(windows).split(max(1, BATCH_TOKENS // windows.shape[1])))
+    with evaluating(model):
+        return _choose(model, stack, config, count, batches, context)
 
 
 def _choose(

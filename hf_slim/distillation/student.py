@@ -1,0 +1,409 @@
+"""Students: what is to learn, where that is not the model as it is.
+
+    {layers: 6}                        a cut of the model: so many of its blocks, evenly spread (`inherit.spread`), or
+                                       every second, or those of a list; or those that it misses least (`prune.depth`)
+    {mlp_width: 0.5, heads: 0.5}       narrower MLPs and fewer heads, by measured importance, the layers that read them
+                                       fitted to their old outputs (`prune.apoz`, `prune.heads`)
+    {config: {hidden_size: 384}}       a new model of the same class, with what fits of the old weights (`inherit.py`)
+    some/model                         another model of the same vocabulary, from the Hub or a folder
+
+A cut whose widths are the same in every block is a plain model, which Transformers loads without hf_slim.
+
+On stories260K (5 blocks, held-out perplexity 4.2) two blocks are left with: see `make_student`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_slim.core.context import Context
+from hf_slim.core.data import tokens_from
+from hf_slim.core.errors import PlanError
+from hf_slim.core.experts import unfuse, unfused
+from hf_slim.core.explain import InnerError, explain
+from hf_slim.core.forward import is_classifier
+from hf_slim.core.layers import check_weights
+from hf_slim.core.method import MethodConfig
+from hf_slim.core.model import ModelSource, check_tokens
+from hf_slim.core.report import StageReport
+from hf_slim.core.select import Layer, Stack, find_layers, find_stacks
+from hf_slim.core.shapes import keep_blocks
+from hf_slim.core.skeleton import build
+from hf_slim.core.units import Kind, expected_units
+from hf_slim.distillation.inherit import inherit, plan_config, spread
+from hf_slim.integration.transformers import mark
+from hf_slim.methods import find_method
+
+SELF = "self"
+Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+Layers: TypeAlias = Count | Literal["every_second"] | Annotated[tuple[int, ...], Field(min_length=1)]
+Size: TypeAlias = Count | Annotated[float, Field(gt=0, lt=1)]
+
+
+class StudentOptions(BaseModel):
+    """How a student is made from a model."""
+
+    model_config = MethodConfig.model_config
+
+    layers: Layers | None = Field(None, description="how many blocks stay, 'every_second', or their numbers")
+    encoder_layers: Layers | None = Field(None, description="the same for the encoder of an encoder-decoder alone")
+    decoder_layers: Layers | None = Field(None, description="the same for its decoder alone")
+    choose: Literal["spread", "kl", "influence"] = Field(
+        "spread", description="which blocks stay of so many: evenly spread, or as prune.depth chooses them"
+    )
+    mlp_width: Size | None = Field(None, description="share of every MLP's neurons that stays, or their number")
+    heads: Size | None = Field(None, description="share of every attention's heads that stays, or their number")
+    config: dict[str, Any] | None = Field(
+        None, min_length=1, description="entries of the config of a new model, such as {num_hidden_layers: 4}"
+    )
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration data decide."""
+        return self.mlp_width is not None or self.heads is not None or self.choose != "spread"
+
+    @property
+    def depths(self) -> dict[str, Layers | None]:
+        """The options that say which blocks stay."""
+        return {key: getattr(self, key) for key in ("layers", "encoder_layers", "decoder_layers")}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> StudentOptions:
+        cuts = self.model_fields_set - {"config", "choose"}
+        if self.config is not None and cuts:
+            raise ValueError(f"config makes a new model, and {', '.join(sorted(cuts))} cut this one; choose either")
+        if self.config is None and not any(getattr(self, key) is not None for key in cuts):
+            raise ValueError("says nothing; give layers, mlp_width, heads or config, or leave student out")
+        if self.layers is not None and {"encoder_layers", "decoder_layers"} & cuts:
+            raise ValueError("layers is for all stacks of blocks; give it alone, or encoder_layers and decoder_layers")
+        if self.choose != "spread" and not any(type(chosen) is int for chosen in self.depths.values()):
+            raise ValueError(f"choose: {self.choose} finds blocks; say how many with layers, such as 6")
+        return self
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return StudentOptions.model_validate(value)
+    except ValidationError as error:
+        raise InnerError((), StudentOptions, error) from None
+
+
+Student: TypeAlias = Annotated[str | StudentOptions, BeforeValidator(_read)]
+"""Field type: "self", a Hub id or folder, or a mapping of `StudentOptions`."""
+
+
+def make_student(
+    teacher: PreTrainedModel,
+    *,
+    layers: int | str | Sequence[int] | None = None,
+    encoder_layers: int | str | Sequence[int] | None = None,
+    decoder_layers: int | str | Sequence[int] | None = None,
+    choose: Literal["spread", "kl", "influence"] = "spread",
+    mlp_width: float | None = None,
+    heads: float | None = None,
+    config: Mapping[str, Any] | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A smaller model made from a teacher, which stays as it is; train it with `DistillationTrainer`.
+
+    Args:
+        teacher: any causal, masked or encoder-decoder language model or classifier, dense.
+        layers: how many blocks stay, evenly spread from the first to the last; "every_second", beginning with the
+            first; or their numbers. Of an encoder-decoder, in both stacks.
+        encoder_layers, decoder_layers: the same for one stack of an encoder-decoder.
+        choose: which blocks stay of so many: "spread", or by measured importance "kl" and "influence" (`prune.depth`).
+        mlp_width: share of every MLP's neurons that stays, or their number, by measured importance (`prune.apoz`).
+        heads: share of every attention's heads that stays, or their number, by measured importance (`prune.heads`).
+        config: entries of the config of a new model of the same class, such as {"hidden_size": 384}, which starts with
+            what fits of the teacher's weights.
+        data: texts, token ids or windows, where importance is measured; see `hf_slim.compress`.
+        tokenizer: for texts.
+        seed: of weights that are drawn.
+
+    Returns:
+        A model of the teacher's class with a config of its own, all of it trainable.
+
+    Raises:
+        PlanError: options that do not fit this teacher, every one of them; DataError: unusable data.
+    """
+    given = {"layers": layers, "encoder_layers": encoder_layers, "decoder_layers": decoder_layers, "choose": choose}
+    given |= {"mlp_width": mlp_width, "heads": heads, "config": config}
+    options = _options({key: value for key, value in given.items() if value is not None})
+    with unfused(teacher):
+        known = find_layers(teacher)
+        plan_student(known, options, teacher)
+        check_weights(teacher, [layer for layer in known.values() if layer.tied_to is None])
+    if data is None and options.measures:
+        raise PlanError("the student's parts are chosen by what they do on text; pass data=texts (and tokenizer=...)")
+    windows = None if data is None else tokens_from(data, tokenizer).ids
+    if windows is not None:
+        check_tokens(teacher, windows, "data")
+    context = Context(seed=seed, tokenizer=tokenizer, windows=None if windows is None else lambda role: windows)
+    student = copy.deepcopy(teacher)
+    with unfused(student):
+        turn_into_student(student, options, context)
+    mark(student)
+    return student.requires_grad_(True)
+
+
+def plan_student(
+    layers: Mapping[str, Layer], student: str | StudentOptions, model: PreTrainedModel
+) -> tuple[PreTrainedModel, dict[str, Layer]]:
+    """The student without weights, and its layers: their number and shapes are known before any weight is.
+
+    Args:
+        layers: of the model that it is made from, as they are stored by then.
+        student: a Hub id or folder, or options.
+        model: that model, or its skeleton; it stays as it is. Experts must be unfused.
+
+    Raises:
+        PlanError: everything that cannot be done.
+        ModelError: no such model.
+    """
+    if isinstance(student, StudentOptions) and student.config is None:
+        return _plan_cut(layers, student, model)
+    stored = [layer for layer in layers.values() if layer.encoding is not None]
+    if stored:
+        raise PlanError(
+            f"student: another model takes the place of this one, {len(stored)} of whose layers are stored in another "
+            f"form by then, such as {stored[0].name}; make the student first"
+        )
+    if isinstance(student, str):
+        skeleton = _source(student, model).skeleton()
+    else:
+        made = build(type(model), plan_config(model, student.config or {}))
+        assert made is not None  # plan_config has built it
+        skeleton = made.to(dtype=model.dtype)
+        unfuse(skeleton)
+    return skeleton, find_layers(skeleton)
+
+
+def turn_into_student(model: PreTrainedModel, student: str | StudentOptions, context: Context) -> StageReport:
+    """Turn a model into the student, in place.
+
+    Args:
+        model: with its weights, experts unfused; `plan_student` has found nothing wrong.
+
+    Returns:
+        In `metrics`, where the student came from; in `layers`, what became narrower.
+    """
+    if isinstance(student, str):
+        other = _source(student, model, context.seed).load().to(model.device)
+        unfuse(other)
+        _become(model, other)
+        return StageReport(metrics={"model": student})
+    if student.config is not None:
+        made, parts = inherit(model, plan_config(model, student.config), context.seed)
+        unfuse(made)
+        _become(model, made)
+        counts = {kind: len(names) for kind, names in dataclasses.asdict(parts).items()}
+        notes = [] if not parts.fresh else [f"student: {len(parts.fresh)} tensors are new, such as {parts.fresh[0]}"]
+        return StageReport(metrics={"config": dict(student.config), **counts}, notes=notes)
+    kept = {stack.name: _kept(model, stack, chosen, student, context) for stack, chosen in _depths(model, student)}
+    for stack in find_stacks(model):
+        if stack.name in kept and len(kept[stack.name]) < len(stack.blocks):
+            keep_blocks(model, stack, kept[stack.name])
+    report = StageReport(metrics={"blocks": kept} if kept else {})
+    for address, options in _narrowing(student, model):
+        blocks = None if context.blocks is None else context.blocks / address
+        found = find_method(address).apply(model, options, replace(context, blocks=blocks))
+        report.layers += found.layers
+        report.metrics[address] = found.metrics
+        report.notes += found.notes
+    return report
+
+
+def _options(given: Mapping[str, Any]) -> StudentOptions:
+    try:
+        return StudentOptions.model_validate(given)
+    except ValidationError as error:
+        found = explain(error, StudentOptions, dict(given))
+        raise PlanError(
+            [": ".join((".".join(map(str, about)) or "student", text)) for _, about, text in found]
+        ) from None
+
+
+def _plan_cut(
+    layers: Mapping[str, Layer], student: StudentOptions, model: PreTrainedModel
+) -> tuple[PreTrainedModel, dict[str, Layer]]:
+    skeleton, current = _on_meta(model), dict(layers)
+    problems: list[str] = []
+    try:
+        for stack, chosen in _depths(skeleton, student):
+            kept = _numbers(stack, chosen)
+            if len(kept) < len(stack.blocks):
+                keep_blocks(skeleton, stack, kept)
+                current = _without_blocks(current, stack, kept)
+    except PlanError as error:
+        problems += error.problems
+    try:
+        for address, options in _narrowing(student, skeleton):
+            current |= find_method(address).plan(current, options, skeleton)
+    except PlanError as error:
+        problems += error.problems
+    if problems:
+        raise PlanError(problems)
+    return skeleton, current
+
+
+def _depths(model: PreTrainedModel, student: StudentOptions) -> list[tuple[Stack, Layers]]:
+    """The stacks that become shorter, and what is to stay of each."""
+    stacks, depths = find_stacks(model), student.depths
+    if not any(chosen is not None for chosen in depths.values()):
+        return []
+    if not stacks:
+        raise PlanError("student.layers: the model has no repeated blocks")
+    if not getattr(model.config, "is_encoder_decoder", False):
+        if wrong := [key for key in ("encoder_layers", "decoder_layers") if depths[key] is not None]:
+            raise PlanError(f"student.{wrong[0]}: {type(model).__name__} is no encoder-decoder; give layers")
+        if len(stacks) > 1:
+            names = ", ".join(stack.name for stack in stacks)
+            raise PlanError(f"student.layers: the model has several stacks of blocks ({names}); use prune.depth")
+        return [(stacks[0], student.layers or ())]
+    encoder = {id(module) for module in model.get_encoder().modules()}
+    found: list[tuple[Stack, Layers]] = []
+    for stack in stacks:
+        key = "encoder_layers" if id(model.get_submodule(stack.name)) in encoder else "decoder_layers"
+        chosen = depths["layers"] if depths[key] is None else depths[key]
+        if chosen is not None:
+            found.append((stack, chosen))
+    return found
+
+
+def _numbers(stack: Stack, chosen: Layers) -> list[int]:
+    """Numbers of the blocks that stay, in ascending order.
+
+    Raises:
+        PlanError: more blocks than there are.
+    """
+    total = len(stack.blocks)
+    if chosen == "every_second":
+        return list(range(0, total, 2))
+    if isinstance(chosen, int):
+        if chosen > total:
+            raise PlanError(
+                f"student.layers: {chosen} blocks are to stay of {stack.name}, which has {total}; give {total} or fewer"
+            )
+        return spread(chosen, total)
+    return [number + total if -total <= number < 0 else number for number in chosen]  # type: ignore[union-attr]
+
+
+def _kept(model: PreTrainedModel, stack: Stack, chosen: Layers, student: StudentOptions, context: Context) -> list[int]:
+    """Numbers of the blocks that stay, found by measuring where that is wanted; the model stays as it is."""
+    total = len(stack.blocks)
+    if student.choose == "spread" or not isinstance(chosen, int) or chosen == total:
+        return _numbers(stack, chosen)
+    depth = find_method("prune.depth")
+    options = depth.Config(blocks=total - chosen, criterion=student.choose, stack=stack.name)
+    gone, _ = depth.choose_blocks(model, options, context)
+    return [number for number in range(total) if number not in gone]
+
+
+def _without_blocks(layers: Mapping[str, Layer], stack: Stack, kept: Sequence[int]) -> dict[str, Layer]:
+    """Layers as they are once a stack has lost blocks: those of the blocks that stay have new names."""
+    names = {stack.blocks[number]: f"{stack.name}.{place}" for place, number in enumerate(kept)}
+
+    def renamed(name: str, block: str | None) -> str:
+        return name if block is None or block not in names else names[block] + name.removeprefix(block)
+
+    made: dict[str, Layer] = {}
+    for layer in layers.values():
+        if layer.block in stack.blocks and layer.block not in names:
+            continue
+        new = replace(layer, name=renamed(layer.name, layer.block))
+        if layer.block in names:
+            place = kept.index(stack.blocks.index(layer.block)), len(kept)
+            new = replace(new, block=names[layer.block], place=place)
+            if layer.tied_to is not None:
+                owner = next((block for block in stack.blocks if layer.tied_to.startswith(f"{block}.")), None)
+                new = replace(new, tied_to=renamed(layer.tied_to, owner))
+        made[new.name] = new
+    return made
+
+
+def _narrowing(student: StudentOptions, model: PreTrainedModel) -> list[tuple[str, MethodConfig]]:
+    """Methods that make blocks narrower, with their options.
+
+    Raises:
+        PlanError: sizes that do not fit, all of them.
+    """
+    found: list[tuple[str, MethodConfig]] = []
+    problems: list[str] = []
+    wanted: list[tuple[str, Kind, Size | None]] = [("prune.heads", "head", student.heads)]
+    for address, kind, size in [*wanted, ("prune.apoz", "neuron", student.mlp_width)]:
+        if size is None:
+            continue
+        share: float = 0
+        if isinstance(size, float):
+            share = 1 - size
+        else:
+            counts = {len(units) for units in expected_units(model, (kind,))}
+            share, problem = _heads_gone(size, counts, model) if kind == "head" else _neurons_gone(size, counts)
+            problems += problem
+        if share:
+            found.append((address, find_method(address).Config(share=share)))
+    if problems:
+        raise PlanError(problems)
+    return found
+
+
+def _neurons_gone(size: int, counts: set[int]) -> tuple[float, list[str]]:
+    if len(counts) > 1:
+        widths = ", ".join(map(str, sorted(counts)))
+        return 0, [f"student.mlp_width: the MLPs have {widths} neurons; give the share that stays, such as 0.5"]
+    total = next(iter(counts), 0)
+    if size > total:
+        return 0, [f"student.mlp_width: {size} neurons are to stay of {total}; give {total} or fewer"]
+    return (total - size) / total, []
+
+
+def _heads_gone(size: int, counts: set[int], model: PreTrainedModel) -> tuple[float, list[str]]:
+    if len(counts) != 1:
+        return 0, ["student.heads: the attentions have no common number of heads that can go; give a share, as 0.5"]
+    groups = counts.pop()
+    total = getattr(model.config.get_text_config(), "num_attention_heads", groups)
+    each = total // groups
+    if size > total:
+        return 0, [f"student.heads: {size} heads are to stay of {total}; give {total} or fewer"]
+    if size % each:
+        return 0, [
+            f"student.heads: {size} of {total} heads cannot stay: {each} query heads share a key/value head and go "
+            f"with it; give a multiple of {each}"
+        ]
+    return (total - size) / total, []
+
+
+def _source(name: str, model: PreTrainedModel, seed: int = 0) -> ModelSource:
+    """Where another model is found, for the same task."""
+    if not is_classifier(model):
+        return ModelSource(name, seed=seed)
+    return ModelSource(name, task="sequence-classification", num_labels=model.config.num_labels, seed=seed)
+
+
+def _become(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Let a model be another one: whoever holds it holds the other one from now on."""
+    model.__class__ = type(other)
+    vars(model).clear()
+    vars(model).update(vars(other))
+
+
+def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without weights, whatever shapes and encodings the model has."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
