@@ -6,25 +6,29 @@ A model is trained in float32 whatever its dtype (bfloat16 loses most of a small
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_slim.core.context import Context
-from hf_slim.core.errors import ModelError
+from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.examples import collator
+from hf_slim.core.explain import explain
 from hf_slim.core.forward import is_classifier
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.precision import in_dtype
+
+AnyConfig = TypeVar("AnyConfig", bound=MethodConfig)
 
 
 class TrainingOptions(MethodConfig):
@@ -50,6 +54,28 @@ class Windows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids[index]} | ({"labels": self.ids[index]} if self.labels else {})
+
+
+def configured(
+    method: str, Config: type[AnyConfig], config: AnyConfig | Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> AnyConfig:
+    """The options of a callback that is made in a script.
+
+    Args:
+        method: whose options they are, for errors.
+        config: a `Config`, or a mapping of its fields.
+        options: single fields, which take precedence.
+
+    Raises:
+        PlanError: unknown or contradictory options, all of them.
+    """
+    given = {k: getattr(config, k) for k in config.model_fields_set} if isinstance(config, Config) else config or {}
+    options = {**given, **options}  # pyright: ignore[reportGeneralTypeIssues]
+    try:
+        return Config(**options)
+    except ValidationError as error:
+        found = [([method, *about], text) for _, about, text in explain(error, Config, options)]
+        raise PlanError([f"{'.'.join(map(str, key))}: {text}" for key, text in found]) from error
 
 
 def require_loss(model: PreTrainedModel, method: str) -> None:
@@ -136,6 +162,14 @@ def train(
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
     return {"steps": options.steps, **seen, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def train_with(
+    callback: TrainerCallback, model: PreTrainedModel, options: TrainingOptions, context: Context
+) -> dict[str, Any]:
+    """Train `model` in place on its own loss, with a callback at work; returns what `train` does."""
+    make = partial(Trainer, callbacks=[callback], **own_loss(model))
+    return train(model, options, context, TrainingArguments, make)
 
 
 def _training_data(

@@ -36,23 +36,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 from hf_slim.core.context import Context
-from hf_slim.core.errors import PlanError
 from hf_slim.core.experts import unfused
-from hf_slim.core.explain import explain
 from hf_slim.core.layers import plan_layers, plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, own_loss, require_loss, train
+from hf_slim.core.training import TrainingOptions, configured, require_loss, train_with
 from hf_slim.core.units import Units, expected_units
 from hf_slim.encodings import Sparse
 from hf_slim.integration.transformers import mark
@@ -227,8 +224,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Train the model on its own loss and prune it meanwhile."""
     require_loss(model, "prune.gradual")
     pruning = callback(model, config)
-    trainer = partial(Trainer, callbacks=[pruning], **own_loss(model))
-    metrics = train(model, config.training, context, TrainingArguments, trainer)
+    metrics = train_with(pruning, model, config.training, context)
     rows = store(model, pruning)
     zeros, total = sum(row.metrics["zeros"] for row in rows), sum(row.rows * row.cols for row in rows)
     return StageReport(layers=rows, metrics=metrics | {"sparsity": zeros / total})
@@ -257,13 +253,7 @@ class GradualMagnitudePruning(PruningHooks):
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | None = None, **options: Any):
-        options = {**(config.model_dump() if isinstance(config, Config) else config or {}), **options}
-        try:
-            checked = Config(**options)
-        except ValidationError as error:
-            found = [(["prune.gradual", *about], text) for _, about, text in explain(error, Config, options)]
-            raise PlanError([f"{'.'.join(map(str, key))}: {text}" for key, text in found]) from error
-        super().__init__(checked, gradual_masks)
+        super().__init__(configured("prune.gradual", Config, config, options), gradual_masks)
 
     def store(self, model: PreTrainedModel) -> list[LayerReport]:
         """Store what was pruned as masks and survivors, so that `save_pretrained` writes few bytes."""

@@ -17,26 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
-from hf_slim.core.explain import explain
 from hf_slim.core.layers import Encoded, plan_targets, put_layer, worth_masking
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, own_loss, require_loss, train
+from hf_slim.core.training import TrainingOptions, configured, require_loss, train_with
 from hf_slim.encodings import Affine
 from hf_slim.integration.transformers import mark
 from hf_slim.quantization.fake import FakeWeight, Grid, Levels
@@ -108,8 +106,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Train the model on its own loss and quantize it meanwhile."""
     require_loss(model, "quantize.qat")
     quantization = callback(model, config)
-    trainer = partial(Trainer, callbacks=[quantization], **own_loss(model))
-    metrics = train(model, config.training, context, TrainingArguments, trainer)
+    metrics = train_with(quantization, model, config.training, context)
     return StageReport(layers=store(model, quantization), metrics=metrics)
 
 
@@ -136,13 +133,7 @@ class FakeQuantize(TrainerCallback):
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | None = None, **options: Any):
-        given = {k: getattr(config, k) for k in config.model_fields_set} if isinstance(config, Config) else config or {}
-        options = {**given, **options}
-        try:
-            self.config = Config(**options)
-        except ValidationError as error:
-            found = [(["quantize.qat", *about], text) for _, about, text in explain(error, Config, options)]
-            raise PlanError([f"{'.'.join(map(str, key))}: {text}" for key, text in found]) from error
+        self.config = configured("quantize.qat", Config, config, options)
         self.encoded: dict[str, Encoded] = {}
         self._modules: dict[str, nn.Module] = {}
 

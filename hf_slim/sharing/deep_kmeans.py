@@ -37,27 +37,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ExportableState
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
-from hf_slim.core.explain import explain
 from hf_slim.core.layers import Encoded, plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
-from hf_slim.core.training import TrainingOptions, own_loss, require_loss, train, unscale
+from hf_slim.core.training import TrainingOptions, configured, require_loss, train_with, unscale
 from hf_slim.encodings import Codebook
 from hf_slim.integration.transformers import mark
 from hf_slim.sharing import kmeans
@@ -179,9 +177,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Train the model on its own loss and share its weights meanwhile."""
     require_loss(model, "share.deep_kmeans")
     sharing = callback(model, config)
-    metrics = train(
-        model, config.training, context, TrainingArguments, partial(Trainer, callbacks=[sharing], **own_loss(model))
-    )
+    metrics = train_with(sharing, model, config.training, context)
     return StageReport(layers=store(model, sharing), metrics=metrics | {"distances": sharing.distances})
 
 
@@ -263,13 +259,7 @@ class DeepKMeans(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | None = None, **options: Any):
-        given = {k: getattr(config, k) for k in config.model_fields_set} if isinstance(config, Config) else config or {}
-        options = {**given, **options}
-        try:
-            self.config = Config(**options)
-        except ValidationError as error:
-            found = [(["share.deep_kmeans", *about], text) for _, about, text in explain(error, Config, options)]
-            raise PlanError([f"{'.'.join(map(str, key))}: {text}" for key, text in found]) from error
+        self.config = configured("share.deep_kmeans", Config, config, options)
         self.encoded: dict[str, Encoded] = {}
         self.distances: list[float] = []
         self._pulled: list[Pulled] = []

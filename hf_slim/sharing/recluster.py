@@ -23,24 +23,22 @@ the original.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import PlanError
-from hf_slim.core.explain import explain
 from hf_slim.core.method import MethodConfig, Rules
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
-from hf_slim.core.training import TrainingOptions, own_loss, require_loss, train
+from hf_slim.core.training import TrainingOptions, configured, require_loss, train_with
 from hf_slim.encodings import Codebook
 from hf_slim.encodings.codes import load_codes, store_codes
 from hf_slim.encodings.modules import EncodedLinear
@@ -120,8 +118,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     """Train the model on its own loss, and re-assign its weights meanwhile."""
     require_loss(model, "share.recluster")
     moving = callback(model, config)
-    trainer = partial(Trainer, callbacks=[moving], **own_loss(model))
-    metrics = train(model, config.training, context, TrainingArguments, trainer)
+    metrics = train_with(moving, model, config.training, context)
     return StageReport(layers=[], metrics=metrics | {"reassigned": moving.reassigned})
 
 
@@ -146,13 +143,7 @@ class ReassignCodes(TrainerCallback):
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | None = None, **options: Any):
-        given = {k: getattr(config, k) for k in config.model_fields_set} if isinstance(config, Config) else config or {}
-        options = {**given, **options}
-        try:
-            self.config = Config(**options)
-        except ValidationError as error:
-            found = [(["share.recluster", *about], text) for _, about, text in explain(error, Config, options)]
-            raise PlanError([f"{'.'.join(map(str, key))}: {text}" for key, text in found]) from error
+        self.config = configured("share.recluster", Config, config, options)
         self.reassigned: list[float] = []
         self._modules: list[Any] = []
 
