@@ -237,11 +237,10 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 
 def _plan_rows(plan: Plan) -> list[list[str]]:
-    rows, layers = [], dict(plan.layers)
-    for stage in plan.stages:
-        layers |= stage.layers
+    rows = []
+    for number, stage in enumerate(plan.stages, 1):
         encodings = {x.encoding.describe() for x in stage.layers.values() if x.encoding}
-        size = plan.other_bytes + sum(layer.nbytes for layer in layers.values())
+        size = plan.after(number)[1]
         shown = ", ".join(sorted(encodings)[:3]) + (" ..." if len(encodings) > 3 else "")
         memory = f"< {stage.memory / 2**30:.1f} GiB"
         rows.append([stage.stage.method, str(len(stage.layers)), shown or "-", f"{size / 1e6:.1f}", memory])

@@ -22,7 +22,7 @@ from hf_slim.core.report import StageReport
 from hf_slim.core.select import find_layers
 from hf_slim.core.stage import Stage, make_stage
 from hf_slim.methods import data_needed
-from hf_slim.plan import ROLES, plan_stage
+from hf_slim.plan import ROLES, find_successor, plan_stage
 
 
 def compress(
@@ -62,7 +62,8 @@ def compress(
     stage = make_stage(method, options)
     with unfused(model):
         layers = find_layers(model)
-        plan_stage(layers, stage, model)
+        successor = find_successor(layers, stage, model)
+        plan_stage(*(layers, stage, model) if successor is None else (successor.layers, stage, successor.skeleton))
         examples = examples_from(data, tokenizer, length, samples, seed) if is_classifier(model) else None
         _check_needs(stage, data, original, needs_labels=is_classifier(model) and examples is None)
         check_weights(model, [layer for layer in layers.values() if layer.tied_to is None])

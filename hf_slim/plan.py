@@ -35,12 +35,31 @@ RUNTIME_BYTES = 700 << 20  # Python, PyTorch and Transformers themselves, measur
 
 
 @dataclass(frozen=True)
+class Successor:
+    """A model that takes the place of the one before it: its skeleton, its layers, and the bytes of what is no layer.
+
+    Args:
+        layers: as they are stored from the start.
+        other_bytes: norms, biases, position tables.
+    """
+
+    skeleton: PreTrainedModel
+    layers: dict[str, Layer]
+    other_bytes: int
+
+
+@dataclass(frozen=True)
 class StagePlan:
-    """One stage: the layers it re-encodes, as they will be after it, and the memory it will take."""
+    """One stage: the layers it re-encodes, as they will be after it, and the memory it will take.
+
+    Args:
+        successor: the model that the stage works on, where that is not the one before it.
+    """
 
     stage: Stage
     layers: dict[str, Layer]
     memory: int
+    successor: Successor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,21 +82,27 @@ class Plan:
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...] = field(default=())
 
+    def after(self, stages: int) -> tuple[dict[str, Layer], int]:
+        """The layers after so many stages, and the bytes of all that is stored by then."""
+        layers, other = dict(self.layers), self.other_bytes
+        for stage in self.stages[:stages]:
+            if stage.successor is not None:
+                layers, other = dict(stage.successor.layers), stage.successor.other_bytes
+            layers |= stage.layers
+        return layers, other + sum(layer.nbytes for layer in layers.values())
+
     @property
     def final_layers(self) -> dict[str, Layer]:
         """The layers as they will be at the end."""
-        merged = dict(self.layers)
-        for stage in self.stages:
-            merged |= stage.layers
-        return merged
+        return self.after(len(self.stages))[0]
 
     @property
     def bytes_before(self) -> int:
-        return self.other_bytes + sum(layer.nbytes for layer in self.layers.values())
+        return self.after(0)[1]
 
     @property
     def bytes_after(self) -> int:
-        return self.other_bytes + sum(layer.nbytes for layer in self.final_layers.values())
+        return self.after(len(self.stages))[1]
 
     def roles(self) -> list[Role]:
         """The data that the stages need."""
@@ -120,20 +145,23 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
         source = ModelSource(
             recipe.model, recipe.revision, recipe.dtype, recipe.task, recipe.num_labels, seed=recipe.seed
         )
-    skeleton = source.skeleton()
+    original = skeleton = source.skeleton()
     layers = find_layers(skeleton)
-    other = stored_bytes(skeleton) - sum(layer.nbytes for layer in layers.values())
+    other = _other_bytes(skeleton)
     problems, stages, notes = order_problems(recipe.stages) + place_problems(recipe.stages), [], []
     problems += label_problems(recipe.stages, recipe.data, is_classifier(skeleton), source.has_new_head)
     current = dict(layers)
     for number, stage in enumerate(recipe.stages, 1):
+        changed, successor = {}, None
         try:
+            successor = find_successor(current, stage, skeleton)
+            if successor is not None:
+                skeleton, current, other = successor.skeleton, dict(successor.layers), successor.other_bytes
             changed = plan_stage(current, stage, skeleton)
         except PlanError as error:
             problems += [f"stage {number}, {stage.method}: {problem}" for problem in error.problems]
-            changed = {}
         current |= changed
-        stages.append(StagePlan(stage, changed, _memory(stage, current, other)))
+        stages.append(StagePlan(stage, changed, _memory(stage, current, other), successor))
         method = find_method(stage.method)
         if hasattr(method, "notes"):
             found = method.notes(current, stage.options, skeleton)
@@ -141,7 +169,21 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
     if problems:
         raise PlanError(problems)
     notes = (*source.notes(), *_notes(stages, recipe.stages), *unseen(skeleton), *notes)
-    return Plan(recipe, source, layers, other, count_weights(skeleton), tuple(stages), notes)
+    return Plan(recipe, source, layers, _other_bytes(original), count_weights(original), tuple(stages), notes)
+
+
+def find_successor(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -> Successor | None:
+    """The model that a stage puts in the place of this one, if it does.
+
+    Args:
+        layers, model: as for `plan_stage`.
+
+    Raises:
+        PlanError: it cannot be made.
+    """
+    method = find_method(stage.method)
+    found = method.successor(layers, stage.options, model) if hasattr(method, "successor") else None
+    return None if found is None else Successor(found[0], found[1], _other_bytes(found[0]))
 
 
 def plan_stage(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -> dict[str, Layer]:
@@ -236,6 +278,11 @@ def _frees(stage: Stage) -> tuple[str, ...]:
     """Properties that later stages need not heed any more."""
     method = find_method(stage.method)
     return method.frees(stage.options) if hasattr(method, "frees") else ()
+
+
+def _other_bytes(model: PreTrainedModel) -> int:
+    """Bytes of what is no layer."""
+    return stored_bytes(model) - sum(layer.nbytes for layer in find_layers(model).values())
 
 
 def _memory(stage: Stage, layers: dict[str, Layer], other: int) -> int:

@@ -87,15 +87,16 @@ def fingerprints(recipe: Recipe, source: ModelSource, data: Data) -> dict[str, A
         "model": source.fingerprint(),
         "code": f"hf_slim {hf_slim.__version__} {code_digest()[:12]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
-        **{f"teacher {name}": ModelSource(name).fingerprint() for name in _teachers(recipe)},
+        **{f"{kind} {name}": ModelSource(name).fingerprint() for kind, name in _other_models(recipe)},
         **{f"data.{role}": found.fingerprint for role, found in data.items()},
     }
 
 
-def _teachers(recipe: Recipe) -> list[str]:
-    """Other models that stages learn from."""
+def _other_models(recipe: Recipe) -> list[tuple[str, str]]:
+    """Other models that stages learn from or begin with: ("teacher" or "student", name)."""
     options = [part for stage in recipe.stages for part in (stage.options, getattr(stage.options, "training", None))]
-    return [name for part in options if (name := getattr(part, "own_teacher", None))]
+    kinds = ("teacher", "student")
+    return [(kind, name) for part in options for kind in kinds if (name := getattr(part, f"own_{kind}", None))]
 
 
 @cache

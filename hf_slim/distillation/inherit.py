@@ -130,12 +130,9 @@ def _along_channels(model: PreTrainedModel) -> Iterator[Tensor]:
     """Parameters whose entries are channels, each by itself: embeddings, norms' weights, the head."""
     head = model.get_output_embeddings()
     for module in model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False)]
-        if (
-            isinstance(module, nn.Embedding)
-            or module is head
-            or (own and all(parameter.dim() == 1 for parameter in own))
-        ):
+        own = list(module.parameters(recurse=False))
+        plain = isinstance(module, nn.Embedding) or module is head
+        if plain or all(parameter.dim() == 1 for parameter in own):
             yield from own
 
 
@@ -156,7 +153,7 @@ def _renumber_lists(model: nn.Module, owner: Any, old: Any, new: Any) -> None:
 
 def _check_blocks(student: nn.Module, teacher: nn.Module) -> None:
     problems = [
-        f"student.config: {mine.name} would have {len(mine.blocks)} blocks, and the teacher's has {len(theirs.blocks)}; "
+        f"student.config: {mine.name} would have {len(mine.blocks)} blocks, the teacher's has {len(theirs.blocks)}; "
         "a student cannot have more"
         for mine, theirs in zip(find_stacks(student), find_stacks(teacher), strict=True)
         if len(mine.blocks) > len(theirs.blocks)

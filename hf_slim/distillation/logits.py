@@ -4,9 +4,11 @@ loss = alpha * T^2 D(teacher, student) + (1 - alpha) * cross entropy + feature l
 KL unless another divergence is chosen (`divergences.py`); features compare the insides of both models (`features.py`).
 
 By default the teacher is the original model and the student its compressed self, which needs no layer maps and no
-labels: training recovers what compression broke. With `teacher: previous` it is the model as the stages before left it,
-such as a classifier that an earlier stage has trained; with `alpha: 0` there is none, and labels alone teach. What
-`during` names happens to the student while it is trained: gradual pruning, whose zeros are stored as such at the end.
+labels: training recovers what compression broke. Any other `student` (`student.py`), such as {layers: 10}, takes the
+model's place before it is trained, and goes on to later stages. With `teacher: previous` the teacher is the model as
+the stages before left it, such as a classifier that an earlier stage has trained; with `alpha: 0` there is none, and
+labels alone teach. What `during` names happens to the student while it is trained: gradual pruning, whose zeros are
+stored as such at the end.
 Kernels are in `losses.py`, the loop is `DistillationTrainer`.
 """
 
@@ -34,6 +36,7 @@ from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
 from hf_slim.distillation.divergences import Divergence
 from hf_slim.distillation.features import Feature
+from hf_slim.distillation.student import SELF, Student, StudentOptions, plan_student, turn_into_student
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.integration.bitsandbytes import check_installed, make_config
 from hf_slim.methods import find_method
@@ -47,7 +50,9 @@ RULES = Rules(
 class Config(TrainingOptions):
     """Options of `distill.logits`."""
 
-    student: Literal["self"] = Field("self", description="the model as the stages before left it")
+    student: Student = Field(
+        SELF, description="'self', the model as it is by then; what is to be made of it, as {layers: 6}; a Hub id"
+    )
     teacher: str | None = Field(
         None, description="Hub id or folder; 'previous' for the model as it is before; the original if not given"
     )
@@ -77,6 +82,11 @@ class Config(TrainingOptions):
         """Hub id or folder of a teacher that is neither the original nor the model itself."""
         return self.teacher if self.taught and self.teacher != PREVIOUS else None
 
+    @property
+    def own_student(self) -> str | None:
+        """Hub id or folder of a student that is made from no other model."""
+        return self.student if isinstance(self.student, str) and self.student != SELF else None
+
     @model_validator(mode="after")
     def _teacher_fits(self) -> Config:
         if self.teacher == PREVIOUS and self.teacher_quantization is not None:
@@ -98,6 +108,13 @@ class Config(TrainingOptions):
         return stages
 
 
+def successor(
+    layers: dict[str, Layer], config: Config, model: PreTrainedModel
+) -> tuple[PreTrainedModel, dict[str, Layer]] | None:
+    """The student's skeleton and its layers, where another model than this one is trained."""
+    return None if config.student == SELF else plan_student(layers, config.student, model)
+
+
 def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
     """The layers that `during` re-encodes, as they will be stored."""
     if config.teacher_quantization is not None:
@@ -115,7 +132,8 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
 def needs(config: Config) -> tuple[str, ...]:
     """The data and models that it needs with these options."""
     teacher = ("teacher",) if config.teacher else ("original",)
-    return ("train", *(teacher if config.taught else ()), *(("labels",) if config.alpha < 1 else ()))
+    measured = ("calibration",) if isinstance(config.student, StudentOptions) and config.student.measures else ()
+    return ("train", *measured, *(teacher if config.taught else ()), *(("labels",) if config.alpha < 1 else ()))
 
 
 def keep_previous(model: PreTrainedModel, config: Config, context: Context) -> Context:
@@ -151,8 +169,18 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     Raises:
         PlanError: the student has no trainable parts.
     """
+    context = keep_previous(model, config, context)
+    teacher = load_teacher(config, context)
+    if config.student == SELF:
+        made = StageReport()
+    elif teacher is model:
+        raise PlanError(
+            "teacher and student would be one model, which is changed in place; pass original=copy.deepcopy(model), or "
+            "teacher='previous'"
+        )
+    else:
+        made = turn_into_student(model, config.student, context)
     _check_trainable(model)
-    teacher = load_teacher(config, keep_previous(model, config, context))
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
     eager = [m for m in (model, teacher) if m is not None and any(f.kind == "attention" for f in config.features)]
@@ -173,7 +201,8 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             fused=config.fused,
         )
     rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
-    return StageReport(layers=rows, metrics=metrics)
+    metrics |= {"student": made.metrics} if made.metrics else {}
+    return StageReport(layers=made.layers + rows, metrics=metrics, notes=made.notes)
 
 
 @contextmanager

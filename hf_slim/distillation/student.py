@@ -184,9 +184,8 @@ def plan_student(
     if isinstance(student, str):
         skeleton = _source(student, model).skeleton()
     else:
-        made = build(type(model), plan_config(model, student.config or {}))
-        assert made is not None  # plan_config has built it
-        skeleton = made.to(dtype=model.dtype)
+        skeleton: Any = build(type(model), plan_config(model, student.config or {}))
+        skeleton.to(dtype=model.dtype)
         unfuse(skeleton)
     return skeleton, find_layers(skeleton)
 
@@ -201,7 +200,8 @@ def turn_into_student(model: PreTrainedModel, student: str | StudentOptions, con
         In `metrics`, where the student came from; in `layers`, what became narrower.
     """
     if isinstance(student, str):
-        other = _source(student, model, context.seed).load().to(model.device)
+        other: Any = _source(student, model, context.seed).load()
+        other.to(model.device)
         unfuse(other)
         _become(model, other)
         return StageReport(metrics={"model": student})
@@ -371,8 +371,10 @@ def _neurons_gone(size: int, counts: set[int]) -> tuple[float, list[str]]:
 
 
 def _heads_gone(size: int, counts: set[int], model: PreTrainedModel) -> tuple[float, list[str]]:
-    if len(counts) != 1:
-        return 0, ["student.heads: the attentions have no common number of heads that can go; give a share, as 0.5"]
+    if not counts:
+        return 0, ["student.heads: none can go; all blocks share a position bias, or values are normed across heads"]
+    if len(counts) > 1:
+        return 0, ["student.heads: the attentions have different numbers of heads; give a share that stays, as 0.5"]
     groups = counts.pop()
     total = getattr(model.config.get_text_config(), "num_attention_heads", groups)
     each = total // groups

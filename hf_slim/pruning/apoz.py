@@ -112,6 +112,8 @@ class Config(MethodConfig):
             raise ValueError(
                 f"scope 'global' needs a share of at most 1 - floor = {1 - self.floor:g}, got {self.share}"
             )
+        if self.training is not None and self.training.student != "self":
+            raise ValueError("training.student: the trimmed model itself is trained; leave student out")
         if self.scope == "global" and (self.layers.first or self.layers.last or self.layers.overrides):
             raise ValueError("scope 'global' ranks all layers together, so no layer can have a share of its own")
         return self
