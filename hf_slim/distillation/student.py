@@ -78,12 +78,12 @@ class StudentOptions(BaseModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> StudentOptions:
-        cuts = self.model_fields_set - {"config", "choose"}
+        cuts = [key for key in (*self.depths, "mlp_width", "heads") if getattr(self, key) is not None]
         if self.config is not None and cuts:
-            raise ValueError(f"config makes a new model, and {', '.join(sorted(cuts))} cut this one; choose either")
-        if self.config is None and not any(getattr(self, key) is not None for key in cuts):
+            raise ValueError(f"config makes a new model, and {', '.join(cuts)} would cut this one; choose either")
+        if self.config is None and not cuts:
             raise ValueError("says nothing; give layers, mlp_width, heads or config, or leave student out")
-        if self.layers is not None and {"encoder_layers", "decoder_layers"} & cuts:
+        if self.layers is not None and {"encoder_layers", "decoder_layers"} & {*cuts}:
             raise ValueError("layers is for all stacks of blocks; give it alone, or encoder_layers and decoder_layers")
         if self.choose != "spread" and not any(type(chosen) is int for chosen in self.depths.values()):
             raise ValueError(f"choose: {self.choose} finds blocks; say how many with layers, such as 6")
