@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
-from hf_slim.core.errors import PlanError
+from hf_slim.core.errors import PlanError, nearest
 from hf_slim.distillation.divergences import DIVERGENCES, Divergence, divergence_problems
 from hf_slim.distillation.features import read_features
+from hf_slim.distillation.vocabulary import Vocabulary
 
 
 @dataclass
@@ -49,6 +50,11 @@ class DistillationConfig(TrainingArguments):
     fused: bool | None = field(
         default=None, metadata={"help": "Loss from hidden states, never all logits; where possible if not given."}
     )
+    vocabulary: Vocabulary = field(
+        default="same", metadata={"help": "same, align (padded tables), universal (other tokenizers)."}
+    )
+    lmbda: float = field(default=0.0, metadata={"help": "Share of batches that the student writes itself, 0 to 1."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens that the student writes at most."})
 
     def __post_init__(self):
         problems = divergence_problems(self.divergence, self.beta, self.skew)
@@ -56,6 +62,14 @@ class DistillationConfig(TrainingArguments):
             problems.append(f"temperature must be above 0, got {self.temperature}; 1 to 4 is usual")
         if not 0 <= self.alpha <= 1:
             problems.append(f"alpha is the share of the distillation loss, from 0 to 1, got {self.alpha}")
+        if not 0 <= self.lmbda <= 1:
+            problems.append(f"lmbda is the share of batches that the student writes, from 0 to 1, got {self.lmbda}")
+        if not self.max_new_tokens >= 1:
+            problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.vocabulary not in get_args(Vocabulary):
+            problems.append(
+                f"vocabulary: there is no {self.vocabulary!r}; {nearest(str(self.vocabulary), get_args(Vocabulary))}"
+            )
         try:
             read_features(self.features)
         except PlanError as error:
@@ -81,5 +95,37 @@ def check_trainer_options(args: TrainingArguments, options: Mapping[str, Any]) -
             "reentrant gradient checkpointing cuts features off from their gradient; "
             'set gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+    if problems:
+        raise PlanError(problems)
+
+
+def check_teaching(settings: Any, task: str, *, live: bool, cached: bool) -> None:
+    """Refuse options that ask for a teacher who is not there, or who cannot do what they ask for.
+
+    Args:
+        settings: a `DistillationConfig`, or its class for the defaults.
+        task: what the student predicts.
+        live: whether there is a teacher in memory.
+        cached: whether there is a cache.
+    """
+    problems = []
+    if settings.lmbda > 0 and task != "causal":
+        problems.append("lmbda has the student write text, which takes a causal language model; set it to 0")
+    if settings.lmbda > 0 and not (live and settings.alpha > 0):
+        problems.append("lmbda has a live teacher judge what the student writes; pass teacher= and alpha above 0")
+    if cached and live:
+        problems.append("teacher and teacher_cache both teach; give one of them")
+    if cached and settings.alpha == 0:
+        problems.append("alpha=0 uses labels alone, so that teacher_cache would be ignored; leave one of them out")
+    if cached and settings.features:
+        problems.append("features need a live teacher: a cache holds probabilities alone; pass teacher= instead")
+    if cached and (settings.divergence != "forward_kl" or settings.vocabulary == "universal"):
+        problems.append(
+            f"a teacher cache allows forward_kl alone, got divergence={settings.divergence!r} and "
+            f"vocabulary={settings.vocabulary!r}; pass teacher= for others"
+        )
+    if not (live or cached) and (settings.alpha > 0 or settings.features):
+        needs = f"alpha={settings.alpha}" if settings.alpha > 0 else "features"
+        problems.append(f"{needs} needs a teacher, got None; pass one, or set alpha=0 to use labels alone")
     if problems:
         raise PlanError(problems)

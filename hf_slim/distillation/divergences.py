@@ -72,6 +72,13 @@ def divergence_problems(divergence: str, beta: float, skew: float) -> list[str]:
     return problems
 
 
+def is_infinite(divergence: str, beta: float, skew: float) -> bool:
+    """Whether a word that the student deems possible, and the teacher does not, makes the loss infinite."""
+    return (
+        divergence == "reverse_kl" or (divergence, beta) == ("jsd", 1) or (divergence, skew) == ("skewed_reverse_kl", 0)
+    )
+
+
 def forward_kl(
     log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:

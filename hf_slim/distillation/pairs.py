@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import (
 )
 
 from hf_slim.core.errors import ModelError
+from hf_slim.distillation.vocabulary import Vocabulary, same_words
 
 Model: TypeAlias = Any  # a PreTrainedModel, or a PeftModel around one, which is another class
 Task = Literal["causal", "masked", "token", "sequence"]
@@ -42,8 +43,20 @@ def task_of(model: Model) -> Task:
     return _TASKS[loss]
 
 
-def check_pair(student: Model, teacher: Model) -> None:
+def words_of(model: Model) -> int:
+    """Size of what its logits are over: words, or classes."""
+    classes = task_of(model) in ("token", "sequence")
+    return model.config.num_labels if classes else model.config.get_text_config().vocab_size
+
+
+def check_pair(
+    student: Model, teacher: Model, vocabulary: Vocabulary = "same", tokenizers: tuple[Any, Any] = (None, None)
+) -> None:
     """Refuse a teacher that cannot teach this student.
+
+    Args:
+        vocabulary: what was said about the vocabularies; see `vocabulary.py`.
+        tokenizers: of student and teacher, as far as they are known.
 
     Raises:
         ModelError: another task, another vocabulary or number of classes, or weights in common; all problems at once.
@@ -61,12 +74,7 @@ def check_pair(student: Model, teacher: Model) -> None:
             f"load the student with num_labels={teacher.config.num_labels}"
         )
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        problems.append(
-            f"the teacher's vocabulary has {sizes[0]} entries, the student's {sizes[1]}; choose a teacher with the "
-            "same tokenizer. If the tokenizers are equal and one table is merely padded, cut or pad it first: "
-            f"teacher.resize_token_embeddings({sizes[1]})"
-        )
+    problems += _vocabulary_problems(sizes, task, vocabulary, tokenizers)
     if task == "sequence" and (student.config.num_labels == 1 or student.config.problem_type in _NO_DISTRIBUTION):
         problems.append("regression and multi-label models cannot be distilled: their outputs are no distribution")
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
@@ -76,3 +84,37 @@ def check_pair(student: Model, teacher: Model) -> None:
         )
     if problems:
         raise ModelError(problems)
+
+
+def _vocabulary_problems(
+    sizes: list[int], task: Task, vocabulary: Vocabulary, tokenizers: tuple[Any, Any]
+) -> list[str]:
+    """What is wrong with the vocabularies of teacher and student, in this order."""
+    known = all(tokenizer is not None for tokenizer in tokenizers)
+    if vocabulary == "universal":
+        if task != "causal":
+            return ['vocabulary="universal" compares causal language models only; choose a teacher with the same words']
+        return (
+            []
+            if known
+            else [
+                'vocabulary="universal" tokenizes text twice: pass processing_class= (the student\'s tokenizer) and '
+                "teacher_tokenizer="
+            ]
+        )
+    if vocabulary == "align":
+        return []
+    if known and not same_words(*tokenizers):
+        return [
+            f"the teacher's tokenizer has other words than the student's ({len(tokenizers[1])} and "
+            f"{len(tokenizers[0])}); "
+            'choose a teacher with the same tokenizer, or set vocabulary="universal", which compares sorted '
+            'probabilities; vocabulary="align" if the words that both have carry the same numbers'
+        ]
+    if sizes[0] == sizes[1] or (known and len(tokenizers[0]) <= min(sizes)):
+        return []
+    return [
+        f"the teacher's vocabulary has {sizes[0]} entries, the student's {sizes[1]}; choose a teacher with the same "
+        'tokenizer. If the tokenizers are equal and one table is merely padded, set vocabulary="align"; if they '
+        'differ, set vocabulary="universal"'
+    ]

@@ -15,10 +15,8 @@ label loss (mixture-of-experts balancing) are not added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +26,18 @@ from transformers import Trainer, TrainingArguments
 
 from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.distillation import fused, projections
-from hf_slim.distillation.arguments import DistillationConfig, check_trainer_options
+from hf_slim.distillation.arguments import DistillationConfig, check_teaching, check_trainer_options
 from hf_slim.distillation.averages import Average
 from hf_slim.distillation.features import FeatureLosses, read_features
-from hf_slim.distillation.losses import Term, against_labels, against_teacher, chunks, positions, sum_over_logits
-from hf_slim.distillation.pairs import Model, check_pair, task_of
-from hf_slim.distillation.taps import Seen
+from hf_slim.distillation.losses import Term, against_labels, chunks, positions, sum_over_logits
+from hf_slim.distillation.on_policy import GENERATED, Generation
+from hf_slim.distillation.pairs import Model, check_pair, task_of, words_of
+from hf_slim.distillation.teacher_cache import ROW, CachedTeacher, WithRows, check_not_empty, hand_rows_through
+from hf_slim.distillation.teachers import LiveTeacher, Taught, make_live
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "check_pair", "task_of"]
 
-_LABELS = ("labels", "shift_labels")
-
-
-@dataclass(frozen=True)
-class _Taught:
-    """What the teacher has to say about a batch.
-
-    Args:
-        shape: of its logits.
-        rows: gives those of some positions, [rows, vocab].
-        seen: what its inside showed, where features are compared.
-        maps: its attention maps, likewise.
-    """
-
-    shape: tuple[int, ...]
-    rows: Callable[[Tensor], Tensor]
-    seen: Seen | None = None
-    maps: Any = None
+_NOT_FEATURES = ("labels", "shift_labels", ROW, GENERATED)
 
 
 class DistillationTrainer(Trainer):
@@ -71,14 +54,19 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student, a PreTrainedModel or a PeftModel around one.
-        teacher: a model for the same task over the same vocabulary (or classes), of any size; None with `alpha` 0
-            and no features, where labels alone teach.
+        teacher: a model for the same task over the same vocabulary (or classes), of any size; for others see
+            `DistillationConfig.vocabulary`. None with a `teacher_cache`, and with `alpha` 0 and no features, where
+            labels alone teach.
         args: a `DistillationConfig`, or `TrainingArguments` for the defaults of distillation.
+        teacher_cache: folder that `teacher_cache.write_cache` has filled from `train_dataset`. Evaluation, on other
+            data, then measures the label loss.
+        teacher_tokenizer: of the teacher, to be compared with the student's, `processing_class`.
         kwargs: everything else that `Trainer` takes.
 
     Raises:
         ModelError: teacher and student do not fit; names both sizes and the way out.
         PlanError: options of the Trainer, or features, that cannot be honoured with these models.
+        DataError: there are no data, or others than those that the teacher cache was made of.
     """
 
     loss_is_scaled_for_ga = True
@@ -86,20 +74,23 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: Model,
-        teacher: Model | None,
+        teacher: Model | None = None,
         args: TrainingArguments | None = None,
+        *,
+        teacher_cache: str | Path | None = None,
+        teacher_tokenizer: Any = None,
         **kwargs: Any,
     ):
         args = DistillationConfig() if args is None else args
         settings = args if isinstance(args, DistillationConfig) else DistillationConfig
         features = read_features(settings.features)
         check_trainer_options(args, kwargs)
-        if teacher is not None:
-            check_pair(model, teacher)
-        elif settings.alpha > 0 or features:
-            needs = f"alpha={settings.alpha}" if settings.alpha > 0 else "features"
-            raise PlanError(f"{needs} needs a teacher, got None; pass one, or set alpha=0 to use labels alone")
         self.settings, self.task = settings, task_of(model)
+        check_teaching(settings, self.task, live=teacher is not None, cached=teacher_cache is not None)
+        tokenizers = kwargs.get("processing_class"), teacher_tokenizer
+        if teacher is not None:
+            check_pair(model, teacher, settings.vocabulary, tokenizers)
+        check_not_empty(kwargs.get("train_dataset"))
         self.features = FeatureLosses(features, model, teacher, args.seed) if features and teacher is not None else None
         super().__init__(model, args, **kwargs)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
@@ -110,9 +101,15 @@ class DistillationTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         if teacher is not None and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)
-        self._teacher_accepts = None if teacher is None else _accepted(teacher)
         self._fused = self._may_fuse()
-        self._teacher_fused = teacher is not None and settings.fused is not False and fused.why_not(teacher) is None
+        self._teaching: LiveTeacher | CachedTeacher | None = None
+        if teacher is not None:
+            self._teaching = make_live(
+                teacher, model, settings, tokenizers, features=self.features, around=self.accelerator.autocast
+            )
+        elif teacher_cache is not None:
+            self._teaching = self._open_cache(teacher_cache)
+        self._generation = Generation(settings.lmbda, settings.max_new_tokens, self.args.seed)
         self._loss_only = False  # True while an evaluation wants no logits
         if self._projections and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise PlanError(
@@ -131,14 +128,17 @@ class DistillationTrainer(Trainer):
         alpha = self.settings.alpha
         if targets is None and alpha < 1:
             raise DataError(f"alpha={alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
-        features = {name: value for name, value in inputs.items() if name not in _LABELS}
+        features = {name: value for name, value in inputs.items() if name not in _NOT_FEATURES}
         features |= {"output_attentions": True} if self.features is not None and self.features.maps else {}
-        taught = None if self.teacher is None else self._teach(features)
+        unheard = isinstance(self._teaching, CachedTeacher) and not model.training and ROW not in inputs
+        taught = None
+        if self._teaching is not None and not unheard:
+            taught = self._teaching.teach(features | ({ROW: inputs[ROW]} if ROW in inputs else {}))
         terms: dict[str, Term] = {}
         if taught is not None:
-            terms["distillation_loss"] = (alpha, self._against(taught))
-        if targets is not None and (alpha < 1 or not model.training):
-            terms["label_loss"] = (1 - alpha, against_labels(targets))
+            terms["distillation_loss"] = (alpha, taught.loss)
+        if targets is not None and GENERATED not in inputs and (alpha < 1 or not model.training):
+            terms["label_loss"] = (1.0 if unheard else 1 - alpha, against_labels(targets))
 
         watched = nullcontext() if self.features is None else self.features.watch(self.model, teacher=False)
         logits_wanted = return_outputs and not self._loss_only
@@ -147,7 +147,7 @@ class DistillationTrainer(Trainer):
         parts = dict(zip(terms, sums[1:].detach(), strict=True))
         total, keep = sums[0], keep.to(sums.device)
         if taught is not None:
-            self._check_finite(parts["distillation_loss"], taught, keep)
+            self._check_finite(parts["distillation_loss"], taught, keep, _tokens(inputs).shape[0])
         if self.features is not None:
             inside = self._inside(inputs, keep, seen, taught, outputs)
             weights = self.features.weights(self.state.global_step / max(1, self.state.max_steps))
@@ -191,6 +191,36 @@ class DistillationTrainer(Trainer):
         if new:
             optimizer.add_param_group({"params": new, "weight_decay": 0.0})
         return optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`, and the student writes its share of the batches itself."""
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        chosen = [number for number in range(len(samples)) if self._generation.is_chosen(step, number)]
+        for number in chosen:
+            place = (step, number, self.args.process_index)
+            samples[number] = self._generation.write(self.model, samples[number], place, self.accelerator.autocast)
+        return samples, self._get_num_items_in_batch(samples, device) if self.settings.lmbda else count
+
+    def _open_cache(self, folder: str | Path) -> CachedTeacher:
+        """The teacher's cache, whose rows the training data name from now on."""
+        opened = CachedTeacher(
+            folder,
+            words=words_of(self.model),
+            task=self.task,
+            temperature=self.settings.temperature,
+            tokenizer=self.processing_class,
+            data=self.train_dataset,
+        )
+        if self.train_dataset is not None:
+            self.train_dataset = WithRows(self.train_dataset)
+        self.data_collator = hand_rows_through(self.data_collator)
+        return opened
+
+    def _set_signature_columns_if_needed(self):
+        """As in `Trainer`; the numbers of rows are no column to be removed."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, ROW]))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Kept positions of all micro-batches on all processes.
@@ -247,35 +277,13 @@ class DistillationTrainer(Trainer):
             )
         return self.settings.fused is not False and reason is None
 
-    def _against(self, taught: _Taught):
-        chosen = self.settings
-        return against_teacher(taught.rows, chosen.temperature, chosen.divergence, beta=chosen.beta, skew=chosen.skew)
-
-    def _teach(self, features: dict[str, Any]) -> _Taught:
-        """What the teacher predicts for a batch."""
-        teacher, known = self.teacher, self._teacher_accepts
-        assert teacher is not None
-        features = {name: value for name, value in features.items() if known is None or name in known}
-        head = fused.head_of(teacher) if self._teacher_fused else None
-        swapped = nullcontext() if head is None else fused.replaced(head, lambda hidden: hidden)
-        watched = nullcontext() if self.features is None else self.features.watch(teacher, teacher=True)
-        with torch.no_grad(), self.accelerator.autocast(), swapped, watched as seen:
-            outputs = teacher(**features)
-        maps = outputs.get("attentions")
-        if head is None:
-            flat = outputs.logits.reshape(-1, outputs.logits.shape[-1])
-            return _Taught(tuple(outputs.logits.shape), lambda tokens: flat[tokens.to(flat.device)], seen, maps)
-        rows = fused.teacher_rows(head, outputs.logits, self.accelerator.autocast)
-        vocabulary = rows(torch.zeros(1, dtype=torch.long)).shape[-1]
-        return _Taught((*outputs.logits.shape[:-1], vocabulary), rows, seen, maps)
-
     def _sums(
         self,
         model: nn.Module,
         features: dict[str, Any],
         keep: Tensor,
         terms: list[Term],
-        taught: _Taught | None,
+        taught: Taught | None,
         logits_wanted: bool,
     ) -> tuple[Tensor, Any]:
         """The weighted total and each part, summed over the kept positions, and what the student put out."""
@@ -308,17 +316,17 @@ class DistillationTrainer(Trainer):
         maps = (outputs.get("attentions"), taught.maps) if self.features.maps else None  # pyright: ignore[reportOptionalMemberAccess]
         return self.features.sums(seen, taught.seen, weights, real, maps)  # pyright: ignore[reportOptionalMemberAccess]
 
-    def _check_finite(self, loss: Tensor, taught: _Taught, keep: Tensor) -> None:
+    def _check_finite(self, loss: Tensor, taught: Taught, keep: Tensor, rows: int) -> None:
         """Refuse a teacher that predicts NaN or infinity; a student that diverges is the Trainer's business."""
-        if torch.isfinite(loss):
+        if torch.isfinite(loss) or taught.rows is None:
             return
         wrong = []
-        for tokens in chunks(keep, taught.shape[-1]):
+        for tokens in chunks(keep, words_of(self.model)):
             logits = taught.rows(tokens)
             # -inf is a probability of zero, and legal unless the whole row is
             bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
             wrong.append(tokens[bad.to(tokens.device)])
-        where = sorted({token // (len(keep) // taught.shape[0]) for token in torch.cat(wrong).tolist()})
+        where = sorted({token // (len(keep) // rows) for token in torch.cat(wrong).tolist()})
         if where:
             raise ModelError(
                 f"the teacher's logits hold NaN or infinite values at step {self.state.global_step}, rows {where} of "
@@ -350,16 +358,10 @@ def _tokens(inputs: Mapping[str, Any]) -> Tensor:
     return inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
 
 
-def _check_shapes(student: tuple[int, ...], taught: _Taught | None) -> None:
+def _check_shapes(student: tuple[int, ...], taught: Taught | None) -> None:
     """Refuse a teacher that saw other tokens or predicts over another vocabulary."""
-    if taught is not None and student != taught.shape:
+    if taught is not None and taught.shape is not None and student != taught.shape:
         raise ModelError(
             f"the teacher's logits have shape {list(taught.shape)}, the student's {list(student)}; "
             "both must see the same tokens and predict over the same vocabulary (or classes)"
         )
-
-
-def _accepted(model: nn.Module) -> set[str] | None:
-    """Names of inputs that the model's forward takes; None for any."""
-    parameters = signature(model.forward).parameters.values()
-    return None if any(p.kind == Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}

@@ -222,7 +222,7 @@ def five_classes():
 @pytest.mark.parametrize(
     ("name", "teacher", "message"),
     [
-        ("llama", other_vocabulary, r"100 entries, the student's 96; .*resize_token_embeddings\(96\)"),
+        ("llama", other_vocabulary, r"100 entries, the student's 96; .*vocabulary=\"align\""),
         ("bert_classifier", five_classes, r"5 classes, the student 2; load the student with num_labels=5"),
         ("bert", tiny.llama, "predict different things"),
     ],
