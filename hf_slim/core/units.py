@@ -95,7 +95,7 @@ def expected_units(skeleton: PreTrainedModel, kinds: Sequence[Kind] = ("neuron",
 
     What enters its blocks is taken from a real model of the same config, with few blocks and few tokens.
     """
-    small = _few_blocks(skeleton)
+    small = few_blocks(skeleton)
     with unfused(small), evaluating(small):
         return _find(skeleton, small, kinds)
 
@@ -250,7 +250,7 @@ def _alike(out: Tensor, goal: Tensor) -> bool:
     return out.shape == goal.shape and bool((out - goal).norm() <= _SAME * goal.norm())
 
 
-def _few_blocks(skeleton: PreTrainedModel) -> PreTrainedModel:
+def few_blocks(skeleton: PreTrainedModel) -> PreTrainedModel:
     """A real model of the same config, random and with no more blocks than it takes to see one of each kind."""
     config: PretrainedConfig = copy.deepcopy(skeleton.config)
     layers = find_layers(skeleton)

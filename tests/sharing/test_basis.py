@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import hf_slim
-from hf_slim.core.errors import PlanError
+from hf_slim.core.errors import PlanError, SlimError
 from hf_slim.core.model import ModelSource
 from hf_slim.core.select import find_layers
 from hf_slim.core.size import stored_bytes
@@ -100,23 +100,50 @@ def test_dense_again_it_computes_the_same():
     assert torch.allclose(logits(model), before, atol=1e-4)
 
 
-@pytest.mark.parametrize(("members", "rank"), [(2, 3), (3, 5)])
-def test_room(members, rank):
-    dense = members * 8 * 6
-    assert basis.room(8, 6, members, rank) == pytest.approx(rank * (members * 8 + 6) / dense)
+@pytest.mark.parametrize(("rows", "rank"), [([8, 8], 3), ([8, 4, 4], 5)])
+def test_room(rows, rank):
+    dense, stored = sum(r * 6 for r in rows), sum(r * rank for r in rows) + rank * 6
+    assert basis.room(sum(rows), 6, rank) == pytest.approx(stored / dense)
+
+
+def test_layers_that_read_the_same_input_share_their_basis(tmp_path):
+    dense = tiny.llama()
+    model, report = made(across="inputs", rank=18, damping=1e-9)
+    block = model.model.layers[0]
+    assert block.self_attn.q_proj.right is block.self_attn.k_proj.right is block.self_attn.v_proj.right
+    assert block.mlp.gate_proj.right is block.mlp.up_proj.right
+    alone = [block.self_attn.q_proj, block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.down_proj]
+    assert len({id(module.right) for module in alone}) == 4
+    assert sum(row.bytes for row in report.layers) == sum(x.nbytes for x in find_layers(model).values() if x.block)
+    names = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
+    own = torch.cat([dense.get_submodule(name).weight.detach().double() for name in names])
+    kept = torch.cat([model.get_submodule(name).weight.double() for name in names])
+    X = inputs(dense, names[0])
+    best = torch.linalg.svdvals(own @ X.T)[18:].square().sum()
+    assert ((own - kept) @ X.T).square().sum().item() == pytest.approx(best.item(), rel=1e-4)
+    assert torch.equal(logits(saved(model, tmp_path)), logits(model))
+
+
+def test_a_plan_across_inputs_holds(tmp_path):
+    folder = tiny.save(tiny.llama(layers=3), tmp_path / "dense")
+    plan = make_plan(Recipe.model_validate({"model": folder, "stages": [{"share.basis": {"across": "inputs"}}]}))
+    model, _ = made(depth=3, across="inputs")
+    assert plan.bytes_after == stored_bytes(model)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"rank": 30}, "the largest useful one has 26"),
+        ({"across": "inputs", "blocks": 3}, "leave blocks out"),
+        ({"across": "inputs", "rank": 40}, "the largest useful one has"),
         ({"ratio": 0.01}, "a basis of one vector takes more than ratio 0.01"),
         ({"layers": {"include": ["lm_head"]}}, "lies in no block"),
     ],
 )
 def test_bad_options_are_refused_before_anything_changes(options, says):
     model = tiny.llama(tied=False)
-    with pytest.raises(PlanError) as raised:
+    with pytest.raises(SlimError) as raised:
         hf_slim.compress(model, "share.basis", data=IDS, **options)
     assert says in str(raised.value)
     assert all(layer.encoding is None for layer in find_layers(model).values())
