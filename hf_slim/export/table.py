@@ -59,9 +59,13 @@ def _latency(metrics: dict) -> list[Row]:
     for kind in ("prefill", "decode"):
         before, after, decoded = (metrics[key][kind] for key in ("before", "after", "decoded"))
         if before is not None:
-            rows.append(Row(f"{kind}, tokens/s", f"{before:.0f}", f"{after:.0f}"))
-            rows.append(Row(f"{kind}, tokens/s, decoded once", "", f"{decoded:.0f}"))
+            rows.append(Row(f"{kind}, tokens/s", _speed(before), _speed(after)))
+            rows.append(Row(f"{kind}, tokens/s, decoded once", "", _speed(decoded)))
     return rows
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def _megabytes(count: int) -> str:
