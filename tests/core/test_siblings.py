@@ -16,7 +16,7 @@ OTHER = {
     "DistilBERT": [("q_lin", "k_lin", "v_lin")],
 }
 TOGETHER = (
-    dict.fromkeys(architectures.KINDS, [QKV, GATED])
+    {kind: [QKV, GATED] for kind in architectures.KINDS}
     | FUSED
     | OTHER
     | {"T5": [("q", "k", "v"), ("k", "v")], "Qwen3-MoE": [QKV]}
