@@ -37,6 +37,8 @@ from hf_slim.evaluation.perplexity import perplexity
 Stages = list[tuple[str, dict[str, Any]]]
 
 G = {"group_size": 64}
+FED = {"scope": "row", "importance": "fisher", "feedback": True}
+LNQ = {"bits": 2, "scope": "row", "outliers": 0.005}
 TRIALS: dict[str, Stages] = {
     "rtn-8": [("quantize.rtn", {"bits": 8, "group_size": None, "symmetric": True})],
     "w8a8": [("quantize.smoothquant", {})],
@@ -51,6 +53,15 @@ TRIALS: dict[str, Stages] = {
     "blockwise-3": [("quantize.blockwise", {"bits": 3, **G})],
     "gptq-2": [("quantize.gptq", {"bits": 2, **G})],
     "blockwise-2": [("quantize.blockwise", {"bits": 2, **G})],
+    "kmeans-4": [("share.kmeans", {"bits": 4, "centroids": "int8", **FED})],
+    "kmeans-3": [("share.kmeans", {"bits": 3, **FED})],
+    "lnq-3": [("share.lnq", {"bits": 3})],
+    "lnq-2": [("share.lnq", LNQ)],
+    "lnq-2-guided": [("share.lnq", {"guided": 4, **LNQ})],
+    "vq-2": [("share.vq", {})],
+    "low-rank-80": [("share.low_rank", {})],
+    "low-rank-80-alike": [("share.low_rank", {"ratio": 0.8})],
+    "svd-80": [("share.low_rank", {"ratio": 0.8, "basis": "weight"})],
     "wanda-50": [("prune.wanda", {})],
     "sparsegpt-50": [("prune.sparsegpt", {})],
     "alps-50": [("prune.alps", {})],
