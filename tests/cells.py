@@ -68,9 +68,6 @@ TRAINING = {"steps": 2, "batch_size": 2}
 TUNED = GRID | {"iterations": 2}
 SHORT = {"tokens_per_column": 0, "iterations": 2}  # 24 tokens are fewer than the columns
 CODED = ("quantize.rtn", {"bits": 8, "group_size": None, "symmetric": True, "clip": "minmax"})
-TWO_INPUTS = Refusal(
-    ("T5",), "cannot be distilled", "distils one stack of blocks: causal and masked language models, classifiers"
-)
 NO_LOSS = Refusal(ENCODERS, "has none on plain text", "has no loss on plain text; works under `distill.logits`")
 FUSED = Refusal(("Mixtral", "Qwen3-MoE"), "leaves fused experts alone", "bitsandbytes knows no fused experts")
 SUBCLASS = Refusal(("Falcon",), "replaces nn.Linear itself only", "bitsandbytes knows no subclass of `nn.Linear`")
@@ -93,7 +90,7 @@ FOLLOWS = Refusal(
 )
 
 METHODS: dict[str, Method] = {
-    "distill.logits": Method(TRAINING, smaller=False, refusals=(TWO_INPUTS,)),
+    "distill.logits": Method(TRAINING, smaller=False),
     "prune.magnitude": Method({"sparsity": 0.5}),
     "prune.wanda": Method({"sparsity": 0.5}),
     "prune.sparsegpt": Method({"sparsity": 0.5} | SHORT),
@@ -128,9 +125,7 @@ METHODS: dict[str, Method] = {
     "quantize.awq": Method(GRID | {"points": 2}),
     "quantize.smoothquant": Method(),
     "quantize.qat": Method(GRID | {"training": TRAINING}, refusals=(NO_LOSS,)),
-    "quantize.scales": Method(
-        {**TRAINING, "validation": 1}, after=("quantize.rtn", GRID), smaller=False, refusals=(TWO_INPUTS,)
-    ),
+    "quantize.scales": Method({**TRAINING, "validation": 1}, after=("quantize.rtn", GRID), smaller=False),
     "evaluate.perplexity": Method(refusals=(NOT_CAUSAL,)),
     "evaluate.accuracy": Method(refusals=(NO_CLASSES,)),
     "evaluate.agreement": Method(),

@@ -55,11 +55,11 @@ def run_on(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Any:
     ids = ids.to(device_of(model))
     options: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and accepts(model, "decoder_input_ids"):
-        options["decoder_input_ids"] = _shift_right(model, ids)
+        options["decoder_input_ids"] = shift_right(model, ids)
     return model(input_ids=ids, **options)
 
 
-def _shift_right(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+def shift_right(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
     """Windows that begin with the decoder's start token and lack their last one."""
     config: Any = model.config
     known = (getattr(config, f"{kind}_token_id", None) for kind in ("decoder_start", "bos", "pad"))

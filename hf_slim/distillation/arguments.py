@@ -113,6 +113,10 @@ def check_teaching(settings: Any, task: str, *, live: bool, cached: bool) -> Non
         problems.append("lmbda has the student write text, which takes a causal language model; set it to 0")
     if settings.lmbda > 0 and not (live and settings.alpha > 0):
         problems.append("lmbda has a live teacher judge what the student writes; pass teacher= and alpha above 0")
+    if task == "seq2seq" and (cached or settings.features):
+        problems.append(
+            "an encoder-decoder learns from a live teacher's logits alone; leave features and teacher_cache out"
+        )
     if cached and live:
         problems.append("teacher and teacher_cache both teach; give one of them")
     if cached and settings.alpha == 0:

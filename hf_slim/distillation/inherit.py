@@ -80,7 +80,8 @@ def plan_config(model: PreTrainedModel, entries: Entries) -> PretrainedConfig:
     try:
         made = type(config).from_dict(config.to_dict())
     except REFUSALS as error:
-        raise PlanError(f"student.config: {type(config).__name__} refuses {dict(entries)}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise PlanError(f"student.config: {type(config).__name__} refuses {dict(entries)}: {reason}") from error
     skeleton = build(type(model), made)
     if skeleton is None:
         raise PlanError(f"student.config: no {type(model).__name__} can be built with {dict(entries)}; try other sizes")

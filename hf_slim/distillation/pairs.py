@@ -16,7 +16,7 @@ from hf_slim.core.errors import ModelError
 from hf_slim.distillation.vocabulary import Vocabulary, same_words
 
 Model: TypeAlias = Any  # a PreTrainedModel, or a PeftModel around one, which is another class
-Task = Literal["causal", "masked", "token", "sequence"]
+Task = Literal["causal", "masked", "token", "sequence", "seq2seq"]
 
 _TASKS: dict[Any, Task] = {
     ForCausalLMLoss: "causal",
@@ -31,16 +31,17 @@ def task_of(model: Model) -> Task:
     """What the model's logits predict, told by the loss that transformers attaches to its class.
 
     Raises:
-        ModelError: neither a causal or masked language model nor a token or sequence classifier.
+        ModelError: neither a causal, masked or encoder-decoder language model nor a token or sequence classifier.
     """
     # a class that names no loss (GPT2LMHeadModel) gets the causal one from transformers as well
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
-    if loss not in _TASKS or model.config.is_encoder_decoder:
+    writes = model.config.is_encoder_decoder
+    if loss not in _TASKS or (writes and (loss is not ForCausalLMLoss or model.get_output_embeddings() is None)):
         raise ModelError(
-            f"{type(model).__name__} cannot be distilled: only causal and masked language models, token and sequence "
-            "classifiers have logits that two models can be compared by"
+            f"{type(model).__name__} cannot be distilled: only causal, masked and encoder-decoder language models, "
+            "token and sequence classifiers have logits that two models can be compared by"
         )
-    return _TASKS[loss]
+    return "seq2seq" if writes else _TASKS[loss]
 
 
 def words_of(model: Model) -> int:

@@ -141,7 +141,7 @@ def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, 
         tokenizers: of student and teacher, as far as they are known.
         options: `features` and `around` of `LiveTeacher`.
     """
-    words = words_of(student) if task_of(student) in ("causal", "masked") else None
+    words = words_of(student) if task_of(student) in ("causal", "masked", "seq2seq") else None
     translator = None
     if settings.vocabulary == "universal":
         translator = Translator(*tokenizers, getattr(teacher.config, "max_position_embeddings", None))

@@ -28,6 +28,7 @@ from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.distillation import fused, projections
 from hf_slim.distillation.arguments import DistillationConfig, check_teaching, check_trainer_options
 from hf_slim.distillation.averages import Average
+from hf_slim.distillation.decoders import with_decoder_inputs, written
 from hf_slim.distillation.features import FeatureLosses, read_features
 from hf_slim.distillation.losses import Term, against_labels, chunks, positions, sum_over_logits
 from hf_slim.distillation.on_policy import GENERATED, Generation
@@ -43,10 +44,10 @@ _NOT_FEATURES = ("labels", "shift_labels", ROW, GENERATED)
 class DistillationTrainer(Trainer):
     """Trains `model` to predict what `teacher` predicts, on labelled or unlabelled data.
 
-    For causal and masked language models, sequence and token classification. A position counts if it has a label
-    (causal: the *next* token's label is not -100), or, without labels, if the attention mask is set. Logs the parts of
-    the loss, before they are weighed, as `distillation_loss`, `label_loss` and `hidden_loss`, `embedding_loss`,
-    `attention_loss`, `relation_loss`; evaluation reports them, too.
+    For causal, masked and encoder-decoder language models, sequence and token classification. A position counts if it
+    has a label (causal: the *next* token's label is not -100), or, without labels, if the attention mask is set. Logs
+    the parts of the loss, before they are weighed, as `distillation_loss`, `label_loss` and `hidden_loss`,
+    `embedding_loss`, `attention_loss`, `relation_loss`; evaluation reports them, too.
 
     The teacher is frozen in place (eval mode, no gradients), moved to the student's device, and is no part of the
     optimizer or of checkpoints. Every process holds the whole teacher. Projections of feature losses are trained by the
@@ -129,6 +130,8 @@ class DistillationTrainer(Trainer):
         if targets is None and alpha < 1:
             raise DataError(f"alpha={alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
         features = {name: value for name, value in inputs.items() if name not in _NOT_FEATURES}
+        if self.task == "seq2seq":
+            features = with_decoder_inputs(self.model, features, inputs)
         features |= {"output_attentions": True} if self.features is not None and self.features.maps else {}
         unheard = isinstance(self._teaching, CachedTeacher) and not model.training and ROW not in inputs
         taught = None
@@ -242,8 +245,11 @@ class DistillationTrainer(Trainer):
 
     def _positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
         """Targets and kept positions of a batch, flattened; see `losses.positions`."""
-        shape = _tokens(inputs).shape[: 1 if self.task == "sequence" else 2]
-        labels, mask = inputs.get("shift_labels", inputs.get("labels")), inputs.get("attention_mask")
+        tokens, mask = _tokens(inputs), inputs.get("attention_mask")
+        if self.task == "seq2seq":
+            tokens, mask = written(inputs), inputs.get("decoder_attention_mask")
+        shape = tokens.shape[: 1 if self.task == "sequence" else 2]
+        labels = inputs.get("shift_labels", inputs.get("labels"))
         if labels is not None and (labels.shape != shape or labels.is_floating_point()):
             raise DataError(
                 f"labels must be class indices of shape {list(shape)}, got {labels.dtype} {list(labels.shape)}; "

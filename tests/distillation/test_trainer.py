@@ -22,7 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
-    T5ForConditionalGeneration,
+    T5Model,
     TrainingArguments,
 )
 
@@ -244,8 +244,8 @@ def test_a_teacher_that_shares_weights_is_refused(tmp_path):
 
 def test_models_without_a_distribution_are_refused(tmp_path):
     t5 = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ModelError, match="T5ForConditionalGeneration cannot be distilled"):
-        make(tmp_path, models=(T5ForConditionalGeneration(t5), T5ForConditionalGeneration(t5)))
+    with pytest.raises(ModelError, match="T5Model cannot be distilled"):
+        make(tmp_path, models=(T5Model(t5), T5Model(t5)))
     student, teacher = tiny.bert_classifier(), tiny.bert_classifier(seed=1)
     student.config.problem_type = "regression"
     with pytest.raises(ModelError, match="regression and multi-label"):
