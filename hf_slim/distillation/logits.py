@@ -19,25 +19,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, default_data_collator
 
 from hf_slim.core.context import Context
-from hf_slim.core.errors import PlanError
+from hf_slim.core.errors import ModelError, PlanError
+from hf_slim.core.examples import check_examples
+from hf_slim.core.forward import is_classifier
 from hf_slim.core.layers import plan_layers
 from hf_slim.core.method import Rules
-from hf_slim.core.model import ModelSource
+from hf_slim.core.model import ModelSource, check_tokens
 from hf_slim.core.precision import fast_dtype, in_dtype
 from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
+from hf_slim.distillation.arguments import check_teaching
 from hf_slim.distillation.divergences import Divergence
 from hf_slim.distillation.features import Feature
+from hf_slim.distillation.pairs import check_pair, words_of
 from hf_slim.distillation.student import SELF, Student, StudentOptions, plan_student, turn_into_student
+from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.distillation.vocabulary import Vocabulary
 from hf_slim.integration.bitsandbytes import check_installed, make_config
 from hf_slim.methods import find_method
 
@@ -70,6 +77,14 @@ class Config(TrainingOptions):
     fused: bool | None = Field(
         None, description="never hold all logits; where the model allows it if not given, true refuses others"
     )
+    teacher_cache: CacheOptions | None = Field(
+        None, description="ask the teacher once and keep what it says, as {k: 64} or {draws: 50}"
+    )
+    vocabulary: Vocabulary = Field(
+        "same", description="align: the teacher's table is padded; universal: it has another tokenizer"
+    )
+    lmbda: float = Field(0.0, ge=0, le=1, description="share of batches whose second half the student writes itself")
+    max_new_tokens: int = Field(128, ge=1, description="tokens that the student writes at most, with lmbda")
     during: StageList = Field((), description="what happens while training, such as prune.gradual")
 
     @property
@@ -94,6 +109,13 @@ class Config(TrainingOptions):
                 "teacher: previous is in memory already, and teacher_quantization works while a teacher is loaded; "
                 "leave one of them out"
             )
+        if self.vocabulary == "universal" and self.own_teacher is None:
+            raise ValueError("vocabulary: universal is for a teacher with another tokenizer; name one with teacher:")
+        cached = self.teacher_cache is not None
+        try:
+            check_teaching(self, "causal", live=self.taught and not cached, cached=cached)
+        except PlanError as error:
+            raise ValueError("; ".join(error.problems)) from None
         return self
 
     @field_validator("during")
@@ -170,7 +192,10 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         PlanError: the student has no trainable parts.
     """
     context = keep_previous(model, config, context)
-    teacher = load_teacher(config, context)
+    later = config.teacher_cache is not None and config.student == SELF
+    teacher = None if later else load_teacher(config, context)
+    if teacher is not None:
+        _check_reads(teacher, config, context)
     if config.student == SELF:
         made = StageReport()
     elif teacher is model:
@@ -183,6 +208,8 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     _check_trainable(model)
     methods = [find_method(stage.method) for stage in config.during]
     callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
+    if config.teacher_cache is not None:
+        teacher = None  # it is needed for one pass, and its memory for the student afterwards
     eager = [m for m in (model, teacher) if m is not None and any(f.kind == "attention" for f in config.features)]
     fast = nullcontext() if teacher is None else in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device))
     with fast, _eager_attention(eager):
@@ -191,7 +218,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             config,
             context,
             DistillationConfig,
-            partial(DistillationTrainer, teacher=teacher, callbacks=callbacks),
+            partial(_make_trainer, config, context, teacher, callbacks=callbacks),
             temperature=config.temperature,
             alpha=config.alpha,
             divergence=config.divergence,
@@ -199,10 +226,72 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             skew=config.skew,
             features=[feature.model_dump(exclude_unset=True) for feature in config.features],
             fused=config.fused,
+            vocabulary=config.vocabulary,
+            lmbda=config.lmbda,
+            max_new_tokens=config.max_new_tokens,
         )
     rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
     metrics |= {"student": made.metrics} if made.metrics else {}
     return StageReport(layers=made.layers + rows, metrics=metrics, notes=made.notes)
+
+
+def _make_trainer(
+    config: Config,
+    context: Context,
+    teacher: PreTrainedModel | None,
+    *,
+    model: PreTrainedModel,
+    args: DistillationConfig,
+    train_dataset: Any,
+    data_collator: Any = default_data_collator,
+    **options: Any,
+) -> DistillationTrainer:
+    """The trainer of this stage, once the teacher has been asked where its answers are kept."""
+    options |= {"model": model, "args": args, "train_dataset": train_dataset, "data_collator": data_collator}
+    other = _other_tokenizer(config)
+    if other is not None and context.tokenizer is not None:
+        options |= {"processing_class": context.tokenizer, "teacher_tokenizer": other}
+    if config.teacher_cache is None:
+        return DistillationTrainer(teacher=teacher, **options)
+    folder = Path(config.teacher_cache.folder or Path(str(args.output_dir)) / "teacher_cache").expanduser()
+    asked = load_teacher(config, context)
+    check_pair(model, asked, config.vocabulary, (context.tokenizer if other is not None else None, other))
+    write_cache(
+        folder,
+        asked,
+        train_dataset,
+        config.teacher_cache,
+        temperature=config.temperature,
+        tokenizer=context.tokenizer,
+        vocabulary=words_of(model),
+        collate=data_collator,
+        batch_size=config.batch_size,
+        seed=context.seed,
+    )
+    context.release_original()
+    options.pop("teacher_tokenizer", None)
+    return DistillationTrainer(teacher_cache=folder, **options)
+
+
+def _other_tokenizer(config: Config) -> Any:
+    """The tokenizer of a teacher that was named, if it has one."""
+    if config.own_teacher is None:
+        return None
+    try:
+        return ModelSource(config.own_teacher).load_tokenizer()
+    except ModelError:
+        if config.vocabulary == "universal":
+            raise
+        return None
+
+
+def _check_reads(teacher: PreTrainedModel, config: Config, context: Context) -> None:
+    """Refuse train data that the teacher cannot read; it reads its own tokens where it has another tokenizer."""
+    examples = context.examples("train") if is_classifier(teacher) else None
+    if examples is not None:
+        check_examples(teacher, examples)
+    elif config.vocabulary != "universal":
+        check_tokens(teacher, context.tokens("train"), "train data, read by the teacher")
 
 
 @contextmanager

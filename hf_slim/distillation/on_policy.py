@@ -50,7 +50,7 @@ class Generation:
 
     def is_chosen(self, step: int, number: int) -> bool:
         """Whether a batch is replaced, by its number in the step; the same in all processes."""
-        return random.Random(_seed(self.seed, step, number)).random() < self.share
+        return random.Random(seed_of(self.seed, step, number)).random() < self.share
 
     def write(
         self,
@@ -82,7 +82,7 @@ class Generation:
             eos_token_id=ends.tolist() or None,
         )
         mask = (torch.arange(prompts.shape[1], device=device) >= prompts.shape[1] - lengths.unsqueeze(1)).long()
-        with _writing(model, device, _seed(self.seed, *place)), around():
+        with _writing(model, device, seed_of(self.seed, *place)), around():
             written = model.generate(prompts, attention_mask=mask, generation_config=chosen, use_model_defaults=False)
         return judged(written, mask != 0, ends, pad)
 
@@ -140,6 +140,6 @@ def _writing(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
                 module.training = training
 
 
-def _seed(*numbers: int) -> int:
-    """One seed of several numbers, unlike those of their neighbours."""
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers; torch looks at its lower 32 bits alone, so that all of them must reach these."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")

@@ -36,6 +36,7 @@ from hf_slim.core.parallel import is_main, wait_for_all
 from hf_slim.distillation.cache_files import CacheKey, Targets, TeacherCache, claim, is_whole, write_shard
 from hf_slim.distillation.cache_records import pack_draws, pack_ids, tail_of
 from hf_slim.distillation.losses import RowLoss, against_samples, against_top_k, chunks
+from hf_slim.distillation.on_policy import seed_of
 from hf_slim.distillation.pairs import Model, task_of, words_of
 from hf_slim.distillation.sampling import draw, top
 from hf_slim.distillation.teachers import LiveTeacher, Taught
@@ -355,7 +356,7 @@ def _ask(
 
 def _record(logits_of: Callable[[Tensor], Tensor], positions: Tensor, row: int, key: CacheKey) -> dict[str, Tensor]:
     """What is kept of one row, packed."""
-    generator = torch.Generator().manual_seed(key.seed * 2**32 + row)  # the same draws however rows are shared out
+    generator = torch.Generator().manual_seed(seed_of(key.seed, row))  # the same draws however rows are shared out
     kept, everything = [], torch.ones(len(positions), dtype=torch.bool)
     for part in chunks(everything, key.vocabulary):
         logits = aligned(logits_of(positions[part]).cpu(), key.vocabulary)

@@ -119,7 +119,8 @@ class Translator:
     def __call__(self, batch: Mapping[str, Tensor]) -> Translated:
         ids = batch["input_ids"]
         real = real_positions(batch)
-        texts = [self.student.decode(row[kept], skip_special_tokens=True) for row, kept in zip(ids, real, strict=True)]
+        plain: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = [self.student.decode(row[kept], **plain) for row, kept in zip(ids, real, strict=True)]
         rows = [self.teacher(text, add_special_tokens=False)["input_ids"][: self.positions] for text in texts]
         length = max(1, *map(len, rows))
         padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=ids.device)
