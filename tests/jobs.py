@@ -12,6 +12,8 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 import hf_slim
+from hf_slim.core.training import Windows
+from hf_slim.distillation import teacher_cache
 from hf_slim.pruning.gradual import GradualMagnitudePruning
 
 
@@ -49,3 +51,12 @@ def compress_alike(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, to
         hf_slim.compress(model, method, data=windows, **options)
         states[method] = model.state_dict()
     return states
+
+
+def write_cache(folder: str) -> list[float]:
+    """Write the shards of a teacher cache that are this process's own, of three; read some of each."""
+    teacher_cache._TOKENS_A_SHARD = 16
+    options = teacher_cache.CacheOptions(draws=5)
+    cache = teacher_cache.write_cache(folder, tiny.llama(seed=1), Windows(tiny.ids(6, 8), labels=True), options)
+    assert cache.key.shards == 3
+    return cache.read([0, 3, 5]).ids.sum(1).tolist()

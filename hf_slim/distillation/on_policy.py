@@ -33,6 +33,19 @@ from hf_slim.distillation.vocabulary import real_positions
 GENERATED = "generated"
 """What marks a batch that the student has written."""
 
+# what is not said here, generation takes from the model's own generation config
+_AS_IT_IS: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -73,17 +86,14 @@ class Generation:
         ends = torch.tensor([] if own.eos_token_id is None else own.eos_token_id, device=device).view(-1).long()
         pad = own.pad_token_id if own.pad_token_id is not None else 0
         chosen = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            **_AS_IT_IS,
             max_new_tokens=min(self.max_new_tokens, new),
             pad_token_id=pad,
             eos_token_id=ends.tolist() or None,
         )
         mask = (torch.arange(prompts.shape[1], device=device) >= prompts.shape[1] - lengths.unsqueeze(1)).long()
         with _writing(model, device, seed_of(self.seed, *place)), around():
-            written = model.generate(prompts, attention_mask=mask, generation_config=chosen, use_model_defaults=False)
+            written = model.generate(prompts, attention_mask=mask, generation_config=chosen)
         return judged(written, mask != 0, ends, pad)
 
 

@@ -37,7 +37,7 @@ from hf_slim.distillation.losses import RowLoss
 Vocabulary = Literal["same", "align", "universal"]
 
 
-def aligned(logits: Float[Tensor, "rows words"], size: int) -> Float[Tensor, "rows {size}"]:
+def aligned(logits: Float[Tensor, "*rows words"], size: int) -> Float[Tensor, "*rows {size}"]:
     """Logits over `size` words: the first ones, or all of them and then words that are impossible."""
     words = logits.shape[-1]
     return logits[..., :size] if words >= size else pad(logits, (0, size - words), value=-torch.inf)
