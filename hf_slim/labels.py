@@ -9,11 +9,14 @@ from hf_slim.methods import data_needed
 LABELLED: tuple[Role, ...] = ("train", "held_out")  # calibration data are text, with classes or without
 
 
-def label_problems(stages: tuple[Stage, ...], data: DataConfig, classifies: bool, new_head: bool) -> list[str]:
+def label_problems(
+    stages: tuple[Stage, ...], data: DataConfig, classifies: bool, new_head: bool, writes: bool = False
+) -> list[str]:
     """Classes that are missing, classes that nobody predicts, and teachers that know nothing yet.
 
     Args:
         classifies: the model predicts one class for a text.
+        writes: it is an encoder-decoder, which reads one text and writes another.
         new_head: of its head the checkpoint has no weights, so the original predicts at random.
     """
     problems: list[str] = []
@@ -34,6 +37,11 @@ def label_problems(stages: tuple[Stage, ...], data: DataConfig, classifies: bool
                 "random; set alpha: 0 to learn from labels alone, or teacher: previous after a stage that did"
             )
     unread = [role for role in LABELLED if role in read and data.of(role).label is not None and not classifies]
+    if "train" in read and data.of("train").target is not None and not writes:
+        problems.append(
+            f"data.train: target {data.of('train').target!r} is what an encoder-decoder is to write, and the model is "
+            "none; leave target out"
+        )
     return problems + [
         f"data.{role}: label {data.of(role).label!r} gives classes, and the model predicts none; "
         "set task: sequence-classification, or leave label out"

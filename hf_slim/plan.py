@@ -149,7 +149,8 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
     layers = find_layers(skeleton)
     other = _other_bytes(skeleton)
     problems, stages, notes = order_problems(recipe.stages) + place_problems(recipe.stages), [], []
-    problems += label_problems(recipe.stages, recipe.data, is_classifier(skeleton), source.has_new_head)
+    kind = {"classifies": is_classifier(skeleton), "writes": skeleton.config.is_encoder_decoder}
+    problems += label_problems(recipe.stages, recipe.data, new_head=source.has_new_head, **kind)
     current = dict(layers)
     for number, stage in enumerate(recipe.stages, 1):
         changed, successor = {}, None

@@ -33,6 +33,7 @@ from hf_slim.core.parallel import device, is_main, wait_for_all
 from hf_slim.core.progress import Progress
 from hf_slim.core.report import RunReport
 from hf_slim.core.select import find_layers
+from hf_slim.core.targets import Targets, check_targets, load_targets
 from hf_slim.export.artifact import read_report, write_artifact
 from hf_slim.export.workspace import Workspace, disk_errors
 from hf_slim.labels import LABELLED
@@ -40,7 +41,7 @@ from hf_slim.methods import changes_model
 from hf_slim.plan import Plan, make_plan
 from hf_slim.recipe import Recipe
 
-Data = dict[str, TokenWindows | Examples]
+Data = dict[str, TokenWindows | Examples | Targets]
 
 
 def run_recipe(
@@ -114,7 +115,7 @@ def _run_stages(plan: Plan, workspace: Workspace, data: Data, tokenizer: Any, pr
         seed=plan.recipe.seed,
         tokenizer=tokenizer,
         windows=_windows(data, tokenizer),
-        labelled=lambda role: found if isinstance(found := data[role], Examples) else None,
+        labelled=lambda role: found if isinstance(found := data[role], Examples | Targets) else None,
         load_original=lambda: plan.source.load().to(device()),
         source=plan.source,
         progress=progress,
@@ -124,7 +125,9 @@ def _run_stages(plan: Plan, workspace: Workspace, data: Data, tokenizer: Any, pr
     _take_up_tokens(context, workspace)
     for role, found in data.items():
         examples = context.examples(role)
-        if examples is not None:
+        if isinstance(examples, Targets):
+            check_targets(model, examples)
+        elif examples is not None:
             check_examples(model, examples)
         else:
             check_tokens(model, context.tokens(role), found.description)
@@ -196,8 +199,10 @@ def _read_data(plan: Plan, tokenizer: Any) -> Data:
     return data
 
 
-def _read(recipe: Recipe, role: Role, tokenizer: Any) -> TokenWindows | Examples:
+def _read(recipe: Recipe, role: Role, tokenizer: Any) -> TokenWindows | Examples | Targets:
     source = recipe.data.of(role)
+    if source.target is not None:
+        return load_targets(source, role, tokenizer, recipe.seed)
     if source.label is not None and role in LABELLED:
         return load_examples(source, role, tokenizer, recipe.seed)
     return load_tokens(source, role, tokenizer, recipe.seed)
@@ -206,7 +211,7 @@ def _read(recipe: Recipe, role: Role, tokenizer: Any) -> TokenWindows | Examples
 def _windows(data: Data, tokenizer: Any) -> Callable[[str], Tensor]:
     def of(role: str) -> Tensor:
         found = data[role]
-        return found.windows(tokenizer) if isinstance(found, Examples) else found.ids
+        return found.windows(tokenizer) if isinstance(found, Examples | Targets) else found.ids
 
     return of
 

@@ -15,6 +15,7 @@ from hf_slim.core.errors import PlanError
 from hf_slim.core.examples import Examples
 from hf_slim.core.model import ModelSource
 from hf_slim.core.progress import Progress
+from hf_slim.core.targets import Targets
 from hf_slim.core.vocabulary import trim_tokens
 
 
@@ -26,7 +27,7 @@ class Context:
         seed: for whatever is drawn at random.
         tokenizer: the model's, or None.
         windows: loads token windows [samples, length] of a role: "calibration", "train" or "held_out".
-        labelled: the classified texts of a role, None where its data have no classes.
+        labelled: the classified texts of a role, or its pairs of texts; None where its data have neither.
         load_original: loads the uncompressed model, for teachers and comparisons.
         source: where the uncompressed model is found, for a teacher that is to be loaded in another form.
         progress: progress bars.
@@ -43,7 +44,7 @@ class Context:
     seed: int = 0
     tokenizer: Any = None
     windows: Callable[[str], Tensor] | None = None
-    labelled: Callable[[str], Examples | None] | None = None
+    labelled: Callable[[str], Examples | Targets | None] | None = None
     load_original: Callable[[], PreTrainedModel] | None = None
     source: ModelSource | None = None
     progress: Progress = field(default_factory=Progress)
@@ -64,8 +65,8 @@ class Context:
             raise PlanError(f"{role} data is needed; pass data=texts (or token ids), or give data.{role} in the recipe")
         return self.windows(role)
 
-    def examples(self, role: str) -> Examples | None:
-        """The classified texts of a role; None where its data have no classes."""
+    def examples(self, role: str) -> Examples | Targets | None:
+        """The classified texts of a role, or its pairs of texts; None where its data have neither."""
         found = None if self.labelled is None else self.labelled(role)
         return found.tokenized(self.tokenizer) if found is not None and self.kept else found
 

@@ -11,7 +11,8 @@ end-of-sequence token, and cut into windows that do not overlap:
 Calibration and evaluation never share text. The built-in prose is split by topic; for any other text the two roles need
 another source, configuration or split, which `DataConfig` checks when it is made.
 
-A source with a `label` holds classified texts: `examples.py` reads those one by one.
+A source with a `label` holds classified texts: `examples.py` reads those one by one. One with a `target` holds pairs of
+texts: `targets.py` does.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ class DataSource(BaseModel):
     split: str | None = Field(default=None, description="split of a folder or Hub data set; train if not given")
     column: str | None = Field(default=None, description="column of the text; text if not given")
     label: str | None = Field(default=None, description="column of the classes 0, 1, ...; none if not given")
+    target: str | None = Field(
+        default=None, description="train: column of what an encoder-decoder is to write; none if not given"
+    )
     samples: int = Field(default=32, ge=1, description="number of windows, or of labelled texts")
     length: int = Field(default=DEFAULT_LENGTH, ge=2, description="tokens in a window; at most, in a labelled text")
     seed: int | None = Field(default=None, ge=0, description="of the choice of windows; the run's seed if not given")
@@ -58,10 +62,14 @@ class DataSource(BaseModel):
     def _options_fit_the_source(self) -> DataSource:
         kind = texts.kind_of(self.source)
         unused = [
-            key for key in ("name", "split", "column", "label") if key not in texts.OPTIONS[kind] and getattr(self, key)
+            key
+            for key in ("name", "split", "column", "label", "target")
+            if key not in texts.OPTIONS[kind] and getattr(self, key)
         ]
         if unused:
             raise ValueError(f"{self.source!r} is {texts.KIND_NAMES[kind]} and takes no {' or '.join(unused)}")
+        if self.label and self.target:
+            raise ValueError("label is for classifiers, and target for encoder-decoders; leave one of them out")
         return self
 
     def identity(self) -> tuple[str | None, ...]:
@@ -88,6 +96,8 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> DataConfig:
+        if self.calibration.target or self.held_out.target:
+            raise ValueError("target is for train data: no model is calibrated or measured on what it is to write")
         for role, source in (("calibration", self.calibration), ("train", self.train)):
             if source and source.source != "builtin" and source.identity() == self.held_out.identity():
                 raise ValueError(

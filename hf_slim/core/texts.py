@@ -47,13 +47,13 @@ KIND_NAMES: dict[Kind, str] = {
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "builtin": (),
     "text": (),
-    "jsonl": ("column", "label"),
-    "csv": ("column", "label"),
-    "tsv": ("column", "label"),
-    "parquet": ("column", "label"),
-    "folder": ("split", "column", "label"),
-    "hub": ("name", "split", "column", "label"),
-    "unknown": ("name", "split", "column", "label"),
+    "jsonl": ("column", "label", "target"),
+    "csv": ("column", "label", "target"),
+    "tsv": ("column", "label", "target"),
+    "parquet": ("column", "label", "target"),
+    "folder": ("split", "column", "label", "target"),
+    "hub": ("name", "split", "column", "label", "target"),
+    "unknown": ("name", "split", "column", "label", "target"),
 }
 HELD_OUT_TOPICS = 0.2  # share of the topics; they hold 29 % of the words
 
@@ -128,6 +128,24 @@ def labelled_cells(row: dict[str, Any], column: str, label: str, where: str) -> 
         DataError: no such columns, no text, no whole number.
     """
     return _text(row, column, where), _whole(row, label, where)
+
+
+def read_pairs(
+    source: str, target: str, name: str | None = None, split: str | None = None, column: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """Pairs of documents: what is read, and what is to be written.
+
+    Args:
+        source: a jsonl, csv, tsv or parquet file, a folder, or a Hub id.
+        target: column of what is to be written.
+        name, split, column: as in `read`.
+
+    Raises:
+        DataError: as in `read`.
+    """
+    wanted = column or "text"
+    for row, where in _rows(source, name, split, (wanted, target)):
+        yield _text(row, wanted, where), _text(row, target, where)
 
 
 def _rows(source: str, name: str | None, split: str | None, columns: Sequence[str]) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from hf_slim.core.explain import explain
 from hf_slim.core.forward import is_classifier
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.precision import in_dtype
+from hf_slim.core.targets import Targets, pair_collator
 
 AnyConfig = TypeVar("AnyConfig", bound=MethodConfig)
 
@@ -177,9 +178,10 @@ def _training_data(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """What a Trainer is handed to train on, and how much of it this training sees."""
     rows = options.steps * options.batch_size * options.gradient_accumulation
-    examples = context.examples("train") if is_classifier(model) else None
+    examples = context.examples("train") if is_classifier(model) or model.config.is_encoder_decoder else None
     if examples is not None:
-        return {"train_dataset": examples, "data_collator": collator(context.tokenizer)}, {"texts": rows}
+        collate = pair_collator if isinstance(examples, Targets) else collator
+        return {"train_dataset": examples, "data_collator": collate(context.tokenizer)}, {"texts": rows}
     windows = Windows(context.tokens("train"), labels=model.can_generate())
     return {"train_dataset": windows}, {"tokens": rows * windows.ids.shape[1]}
 

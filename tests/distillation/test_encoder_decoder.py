@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import architectures
 import pytest
+import runs
 import tiny
 import torch
 import training
 from reference import distillation as reference
-from transformers import DataCollatorForSeq2Seq
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
-from hf_slim.core.errors import DataError, ModelError, PlanError
+from hf_slim.core.errors import DataError, ModelError, PlanError, RecipeError
+from hf_slim.core.targets import load_targets
 from hf_slim.distillation.student import make_student
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.plan import make_plan
+from hf_slim.run import run_recipe
 
 LENGTHS = ((9, 5), (4, 7), (12, 3), (6, 6))
 
@@ -96,6 +100,58 @@ def test_texts_without_labels_are_written_by_their_decoder_inputs(tmp_path):
         torch.testing.assert_close(trainer.compute_loss(trainer.model, unlabelled), expected)
         with pytest.raises(DataError, match="needs labels or decoder_input_ids"):
             trainer.compute_loss(trainer.model, batch)
+
+
+class Pairs(runs.Place):
+    """An encoder-decoder in a folder, and a table of texts to read and to write."""
+
+    def __init__(self, folder):
+        super().__init__(folder, architectures.make("T5"))
+        lines = [f"{runs.text(i, 3)}\t{runs.text(i, 1)}" for i in range(12)]
+        (folder / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
+
+    def yaml(self, *stages, head="", column="target"):
+        table = self.folder / "pairs.tsv"
+        train = f"  train: {{source: {table}, column: source, target: {column}, samples: 8, length: 12}}"
+        return super().yaml(*stages, head=head).replace("data:\n", f"data:\n{train}\n")
+
+
+def test_a_recipe_distils_pairs_of_texts_into_a_shorter_model(tmp_path):
+    place = Pairs(tmp_path)
+    options = "{alpha: 0.5, steps: 2, batch_size: 4, student: {encoder_layers: 1, decoder_layers: 1}}"
+    recipe = place.recipe(f"distill.logits: {options}", "evaluate.agreement")
+    plan, report = make_plan(recipe), run_recipe(recipe, place.out)
+    assert report.size.bytes_after == plan.bytes_after < plan.bytes_before
+    assert report.stages[0].metrics["texts"] == 8
+    assert report.stages[1].metrics["kl"] > 0
+    config = AutoModelForSeq2SeqLM.from_pretrained(place.out).config
+    assert (config.num_layers, config.num_decoder_layers) == (1, 1)
+
+
+def test_pairs_are_what_the_tokenizer_makes_of_each_text(tmp_path):
+    place, tokenizer = Pairs(tmp_path), tiny.tokenizer()
+    source = place.recipe("distill.logits").data.of("train")
+    found = load_targets(source, "train", tokenizer)
+    again, other = (load_targets(source, "train", tokenizer, seed) for seed in (0, 1))
+    assert len(found) == 8
+    for row, read, write in zip(found, found.documents, found.targets, strict=True):
+        assert row["input_ids"] == tokenizer(read)["input_ids"][:12]
+        assert row["labels"] == tokenizer(write)["input_ids"][:12]
+        assert f"{read}\t{write}" in (tmp_path / "pairs.tsv").read_text()
+    assert found.fingerprint == again.fingerprint != other.fingerprint
+    assert found.windows(tokenizer).shape[1] == 12
+
+
+def test_pairs_that_cannot_be_used_are_refused(tmp_path):
+    place = Pairs(tmp_path)
+    with pytest.raises(DataError, match="targte"):
+        run_recipe(place.recipe("distill.logits", column="targte"), place.out)
+    assert not place.out.exists()
+    with pytest.raises(RecipeError, match="label is for classifiers, and target for encoder-decoders"):
+        place.recipe("distill.logits", column="target, label: target")
+    tiny.save(tiny.llama(), tmp_path / "model")
+    with pytest.raises(PlanError, match="what an encoder-decoder is to write, and the model is none"):
+        make_plan(place.recipe("distill.logits"))
 
 
 def test_what_cannot_be_distilled_is_refused(tmp_path):
