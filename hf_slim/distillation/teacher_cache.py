@@ -54,7 +54,9 @@ class CacheOptions(MethodConfig):
     one_of = ("k", "draws")
 
     k: int | None = Field(None, ge=1, description="the likeliest words; 64 if neither k nor draws is given")
-    draws: int | None = Field(None, ge=1, le=255, description="words drawn instead: smaller, unbiased, noisier; 50")
+    draws: int | None = Field(
+        None, ge=1, le=255, description="words drawn instead, as 50: unbiased, noisier, small at temperature 1"
+    )
     precision: Literal["float16", "float32"] = Field("float16", description="of stored log-probabilities")
     folder: str | None = Field(None, description="where to keep it; with the run's own files if not given")
 
@@ -121,7 +123,7 @@ def write_cache(
         tokenizer: that made the data; its words become part of the key.
         name: of the teacher, such as a Hub id with its commit; a hash of all weights if not given.
         vocabulary: words of the student, if it has others than the teacher; see `vocabulary.aligned`.
-        collate: makes a batch of items; it may pad, and change no token.
+        collate: makes a batch of items; it may pad, on the side that training pads on, and change no token.
         batch_size: rows in a forward pass.
         seed: of draws.
         around: makes a context for the forward pass, such as autocast.

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import default_data_collator
 
 from hf_slim.core.errors import ArtifactError, DataError, ModelError, PlanError, RecipeError, ResumeError
+from hf_slim.core.examples import collator, examples_from
 from hf_slim.core.training import Windows
 from hf_slim.distillation import teacher_cache
 from hf_slim.distillation.cache_files import TeacherCache
@@ -116,12 +117,27 @@ def test_size_of_a_token(tmp_path):
 def test_all_words_teach_as_the_live_teacher(tmp_path, name):
     rows = training.rows({"llama": "causal", "bert": "masked"}.get(name, "sequence"))
     teacher = tiny.ALL[name](seed=1)
-    write(tmp_path / "cache", EXACT, rows, teacher, collate=training.Pad(side="left"), batch_size=3)
+    side = "left" if name == "llama" else "right"  # BERT counts positions from the first column, padding or not
+    write(tmp_path / "cache", EXACT, rows, teacher, collate=training.Pad(side=side), batch_size=3)
     options = {"rows": rows, "per_device_train_batch_size": 4, "max_steps": 2}
     live = gradients(tmp_path, name, teacher=teacher, **options)
     cached = gradients(tmp_path, name, cache=tmp_path / "cache", **options)
     for ours, expected in zip(cached, live, strict=True):
         assert training.relative(ours, expected) < 1e-5
+
+
+def test_classified_texts_find_their_targets(tmp_path):
+    texts = [{"text": text, "label": i % 2} for i, text in enumerate(["ab", "xyz", "a b c", "zz", "hello"])]
+    examples, pad = examples_from(texts, tiny.tokenizer()), collator(tiny.tokenizer())
+    teacher, found = tiny.bert_classifier(seed=1), []
+    write(tmp_path / "cache", EXACT, examples, teacher, collate=pad, tokenizer=tiny.tokenizer(), batch_size=2)
+    for chosen in ({"teacher": teacher}, {"teacher_cache": tmp_path / "cache"}):
+        recorded = training.Gradients()
+        args = training.arguments(tmp_path, DistillationConfig, max_steps=1, per_device_train_batch_size=3)
+        options = {"train_dataset": examples, "data_collator": pad, "callbacks": [recorded]}
+        DistillationTrainer(still(tiny.bert_classifier()), args=args, **chosen, **options).train()
+        found += recorded.steps
+    assert training.relative(found[1], found[0]) < 1e-5
 
 
 def test_rows_find_their_targets_however_they_are_shuffled_and_accumulated(tmp_path):
@@ -148,22 +164,22 @@ def test_fewer_words_leave_the_stated_bias(tmp_path):
 
 
 def test_draws_are_unbiased(tmp_path):
-    """The mean gradient of 40 caches is as near to the live one as their scatter says, and a third of a single one's.
+    """The mean gradient of 20 caches is as near to the live one as their scatter says, far below a single one's.
 
-    With n independent draws the distance shrinks as 1 / sqrt(40) = 0.16.
+    With n independent draws the distance shrinks as 1 / sqrt(20) = 0.22.
     """
     data, teacher, student = windows(4, 6), tiny.llama(seed=1), tiny.llama()
     logits = student(data.ids).logits.detach().flatten(0, 1).double()
     taught = tiny.logits(teacher, data.ids).flatten(0, 1).double()
     live = (logits / 2).softmax(1) - (taught / 2).softmax(1)
     found = []
-    for seed in range(40):
+    for seed in range(20):
         cache = write(tmp_path / f"{seed}", CacheOptions(draws=50), data, teacher, seed=seed)
         targets = cache.read(range(4))
         p = torch.zeros_like(live).scatter_add_(1, targets.ids, targets.values.double())
         found.append((logits / 2).softmax(1) - p)
     single = (found[0] - live).norm()
-    assert (torch.stack(found).mean(0) - live).norm() < 0.25 * single
+    assert (torch.stack(found).mean(0) - live).norm() < 0.3 * single
     assert single > 0.05
 
 
