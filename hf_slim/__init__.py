@@ -12,6 +12,7 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 from hf_slim.compress import compress
 from hf_slim.core.errors import SlimError
+from hf_slim.distillation.student import make_student
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.encodings.modules import cache_decoded
 from hf_slim.integration.transformers import SlimConfig
@@ -35,5 +36,6 @@ __all__ = [
     "__version__",
     "cache_decoded",
     "compress",
+    "make_student",
     "merge_and_unload",
 ]
