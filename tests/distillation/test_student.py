@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import architectures
 import pytest
 import runs
 import tiny
 import torch
+import training
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 import hf_slim
+from hf_slim import DistillationConfig, DistillationTrainer
+from hf_slim.core.data import DataSource, load_tokens
 from hf_slim.core.errors import ModelError, PlanError, RecipeError, SlimError
 from hf_slim.core.forward import logits_of
 from hf_slim.core.select import find_layers
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.swap import get_weight
+from hf_slim.core.training import Windows
 from hf_slim.distillation.inherit import spread
 from hf_slim.distillation.student import StudentOptions, make_student, plan_student
+from hf_slim.evaluation.perplexity import perplexity
 from hf_slim.plan import make_plan
 from hf_slim.run import run_recipe
 
 IDS = tiny.ids(2, 12)
+SHARED = Path(__file__).parents[3] / "shared"
 DISTIL = "distill.logits: {{steps: 2, batch_size: 2, student: {}}}"
 
 
@@ -296,3 +303,29 @@ def test_in_a_script_the_model_itself_becomes_the_student():
     assert len(teacher.model.layers) == 3
     config = LlamaConfig(**model.config.to_dict())
     LlamaForCausalLM(config).load_state_dict(model.state_dict())
+
+
+@pytest.mark.skipif(
+    not (SHARED / "models").is_dir(), reason="needs the trained model stories260K beside the repository"
+)
+def test_a_teacher_teaches_more_than_labels_in_as_many_steps(tmp_path):
+    folder = SHARED / "models" / "stories260K"
+    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = SHARED / "data" / "tinystories"
+    train = load_tokens(DataSource(source=str(texts / "train.txt"), samples=400, length=64), "train", tokenizer).ids
+    held_out = load_tokens(
+        DataSource(source=str(texts / "valid.txt"), samples=32, length=64), "held_out", tokenizer
+    ).ids
+    cut = make_student(teacher, layers=[0, 4])
+
+    def learned(alpha):
+        student = copy.deepcopy(cut)
+        options = {"alpha": alpha, "temperature": 1.0, "max_steps": 50, "per_device_train_batch_size": 8}
+        args = training.arguments(
+            tmp_path, DistillationConfig, **options, optim="adamw_torch", learning_rate=5e-3, lr_scheduler_type="linear"
+        )
+        data = Windows(train, labels=True)
+        DistillationTrainer(student, teacher if alpha else None, args, train_dataset=data).train()
+        return perplexity(student, held_out).perplexity
+
+    assert learned(1.0) < 0.95 * learned(0.0) < 0.1 * perplexity(cut, held_out).perplexity
