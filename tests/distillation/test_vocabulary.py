@@ -12,7 +12,7 @@ from reference import distillation as reference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_slim.core.errors import ModelError, PlanError, RecipeError, SlimError
+from hf_slim.core.errors import DataError, ModelError, PlanError, RecipeError, SlimError
 from hf_slim.distillation.divergences import is_infinite
 from hf_slim.distillation.losses import against_teacher, sum_over_logits
 from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
@@ -264,3 +264,23 @@ def test_a_recipe_distils_from_another_tokenizer(tmp_path):
     assert report.stages[0].metrics["last_loss"] < report.stages[0].metrics["first_loss"]
     with pytest.raises(RecipeError, match="universal is for a teacher with another tokenizer"):
         place.recipe("distill.logits: {vocabulary: universal}")
+
+
+def test_text_longer_than_the_teacher_reads_is_refused_before_any_step(tmp_path):
+    teacher, student = tiny.llama(seed=1), tiny.llama()
+    teacher.config.max_position_embeddings = 8
+    before = training.weights(student)
+    with pytest.raises(DataError, match="16 tokens does not fit the teacher's 8 positions"):
+        make(tmp_path, student, teacher).train()
+    assert torch.equal(training.weights(student), before)
+    with pytest.raises(DataError, match="data set is empty"):
+        make(tmp_path, student, tiny.llama(seed=1), rows=[])
+
+
+def test_a_recipe_refuses_windows_that_the_teacher_cannot_read(tmp_path):
+    place = runs.Place(tmp_path)
+    teacher = tiny.llama(seed=1)
+    teacher.config.max_position_embeddings = 8
+    tiny.save(teacher, tmp_path / "teacher")
+    with pytest.raises(DataError, match="train data, read by the teacher: windows of 16 tokens do not fit the 8"):
+        run_recipe(place.recipe(f"distill.logits: {{teacher: {tmp_path / 'teacher'}, steps: 2}}"), place.out)
