@@ -192,7 +192,8 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             f"{config.validation} windows are kept apart to choose the best scales, but there are only {len(ids)}; "
             "give more training data, or lower validation"
         )
-    tuning, kept_apart = ids[: -config.validation], Windows(ids[-config.validation :], labels=False)
+    writes = bool(getattr(model.config, "is_encoder_decoder", False))  # its decoder reads labels
+    tuning, kept_apart = ids[: -config.validation], Windows(ids[-config.validation :], labels=writes)
     with (
         _tuned(model, chosen, config.norms) as parameters,
         in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device)),
