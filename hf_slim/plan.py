@@ -217,8 +217,9 @@ def order_problems(stages: tuple[Stage, ...]) -> list[str]:
         rules = find_method(stage.method).RULES
         for what, (earlier, maker) in made.items():
             export = is_export(stage.method)
-            if not {what, *_HARDER.get(what, ())} & {*rules.preserves} and (what == "tied" or not export):
+            if not {what, *_HARDER.get(what, ())} & {*_preserves(stage)} and (what == "tied" or not export):
                 remedy = f"leave {maker} out" if export else f"put {stage.method} before {maker}"
+                remedy += f", {rules.otherwise[what]}" if what in rules.otherwise else ""
                 problems.append(
                     f"stage {number}, {stage.method}, cannot follow stage {earlier}, {maker}: "
                     f"{_LOSSES.get(what, what)}; {remedy}"
@@ -273,6 +274,11 @@ def _makes(stage: Stage) -> tuple[str, ...]:
     method, during = find_method(stage.method), getattr(stage.options, "during", ())
     own = method.makes(stage.options) if hasattr(method, "makes") else method.RULES.makes
     return own + tuple(what for inner in during for what in _makes(inner))
+
+
+def _preserves(stage: Stage) -> tuple[str, ...]:
+    method = find_method(stage.method)
+    return method.preserves(stage.options) if hasattr(method, "preserves") else method.RULES.preserves
 
 
 def _frees(stage: Stage) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ A method is a module, found by its address: `quantize.gptq` is `hf_slim/quantiza
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import GenericAlias
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -80,6 +81,7 @@ class Rules:
             "centroids": shared values, which can be trained).
         preserves: properties made by an earlier stage that survive it. What is not listed is undone, and the planner
             refuses such an order.
+        otherwise: what else can be done about a property that is not preserved, {property: advice}.
         wants_training: what it leaves is of use only once it has been trained; the planner says so where nothing does.
         paper: short reference for tables, "Authors year, arXiv:number".
     """
@@ -87,5 +89,6 @@ class Rules:
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     preserves: tuple[str, ...] = ()
+    otherwise: Mapping[str, str] = field(default_factory=dict)
     wants_training: bool = False
     paper: str = ""

@@ -7,8 +7,9 @@ By default the teacher is the original model and the student its compressed self
 labels: training recovers what compression broke. Any other `student` (`student.py`), such as {layers: 10}, takes the
 model's place before it is trained, and goes on to later stages. With `teacher: previous` the teacher is the model as
 the stages before left it, such as a classifier that an earlier stage has trained; with `alpha: 0` there is none, and
-labels alone teach. What `during` names happens to the student while it is trained: gradual pruning, whose zeros are
-stored as such at the end.
+labels alone teach. What `during` names happens to the student while it is trained (`during.py`): it is pruned,
+rounded, or its weights come to be shared. With `lora` its weights stay as they are, codes too, and adapters beside them
+learn, which become part of the model at the end (`adapters.py`).
 Kernels are in `losses.py`, the loop is `DistillationTrainer`.
 """
 
@@ -23,13 +24,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback, default_data_collator
 
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.examples import check_examples
 from hf_slim.core.forward import is_classifier
-from hf_slim.core.layers import plan_layers
 from hf_slim.core.method import Rules
 from hf_slim.core.model import ModelSource, check_tokens
 from hf_slim.core.precision import fast_dtype, in_dtype
@@ -37,6 +37,8 @@ from hf_slim.core.report import StageReport
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
+from hf_slim.distillation import adapters, during
+from hf_slim.distillation.adapters import Lora
 from hf_slim.distillation.arguments import check_teaching
 from hf_slim.distillation.divergences import Divergence
 from hf_slim.distillation.features import Feature
@@ -46,11 +48,13 @@ from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.distillation.vocabulary import Vocabulary
 from hf_slim.integration.bitsandbytes import check_installed, make_config
-from hf_slim.methods import find_method
 
 PREVIOUS = "previous"
 RULES = Rules(
-    needs=("train", "original"), preserves=("zeros", "centroids", "tied"), paper="Hinton et al. 2015, arXiv:1503.02531"
+    needs=("train", "original"),
+    preserves=("zeros", "centroids", "tied"),
+    otherwise={"codes": "train adapters beside them (lora: {r: 8}), or tune their scales (quantize.scales)"},
+    paper="Hinton et al. 2015, arXiv:1503.02531",
 )
 
 
@@ -86,6 +90,7 @@ class Config(TrainingOptions):
     lmbda: float = Field(0.0, ge=0, le=1, description="share of batches whose second half the student writes itself")
     max_new_tokens: int = Field(128, ge=1, description="tokens that the student writes at most, with lmbda")
     during: StageList = Field((), description="what happens while training, such as prune.gradual")
+    lora: Lora | None = Field(None, description="train adapters alone, beside weights or codes; {} for the usual ones")
 
     @property
     def taught(self) -> bool:
@@ -120,14 +125,20 @@ class Config(TrainingOptions):
 
     @field_validator("during")
     @classmethod
-    def _are_callbacks(cls, stages: StageList) -> StageList:
-        """Refuse stages that are no callbacks."""
-        wrong = [stage.method for stage in stages if not hasattr(find_method(stage.method), "callback")]
-        if wrong:
-            raise ValueError(
-                f"{', '.join(wrong)} cannot happen during training; make it a stage of its own, after this one"
-            )
+    def _work_together(cls, stages: StageList) -> StageList:
+        """Refuse stages that are no callbacks, and callbacks that would undo what others do."""
+        if problems := during.find_problems(stages):
+            raise ValueError("; ".join(problems))
         return stages
+
+    @model_validator(mode="after")
+    def _weights_stay(self) -> Config:
+        if self.lora is not None and self.during:
+            raise ValueError(
+                f"lora trains adapters beside weights that stay as they are, and {self.during[0].method} changes "
+                "those: leave lora or during out"
+            )
+        return self
 
 
 def successor(
@@ -138,17 +149,13 @@ def successor(
 
 
 def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
-    """The layers that `during` re-encodes, as they will be stored."""
+    """The layers that `during` re-encodes, or that adapters are added to, as they will be stored."""
     if config.teacher_quantization is not None:
         check_installed()
-    changed: dict[str, Layer] = {}
-    for stage in config.during:
-        method, before = find_method(stage.method), layers | changed
-        if hasattr(method, "plan"):
-            changed |= method.plan(before, stage.options, model)
-        else:
-            changed |= plan_layers(before, method, stage.options)
-    return changed
+    if config.lora is not None:
+        planned = adapters.plan(layers, config.lora)
+        return {name: layer for name, layer in planned.items() if layer != layers[name]}
+    return during.plan(config.during, layers, model)
 
 
 def needs(config: Config) -> tuple[str, ...]:
@@ -156,6 +163,26 @@ def needs(config: Config) -> tuple[str, ...]:
     teacher = ("teacher",) if config.teacher else ("original",)
     measured = ("calibration",) if isinstance(config.student, StudentOptions) and config.student.measures else ()
     return ("train", *measured, *(teacher if config.taught else ()), *(("labels",) if config.alpha < 1 else ()))
+
+
+def preserves(config: Config) -> tuple[str, ...]:
+    """What earlier stages made of the weights and these options leave as it is."""
+    return RULES.preserves if config.lora is None else (*RULES.preserves, "codes")
+
+
+def frees(config: Config) -> tuple[str, ...]:
+    """Adapters that were added to codes can be trained further."""
+    return () if config.lora is None else ("codes",)
+
+
+def notes(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> list[str]:
+    """Options that are odd but allowed."""
+    if config.lora is None or "learning_rate" in config.model_fields_set:
+        return []
+    return [
+        f"lora: adapters begin at zero, and learning_rate {config.learning_rate:g} is for whole models; "
+        f"{adapters.LEARNING_RATE:g} is usual for adapters"
+    ]
 
 
 def keep_previous(model: PreTrainedModel, config: Config, context: Context) -> Context:
@@ -205,15 +232,38 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         )
     else:
         made = turn_into_student(model, config.student, context)
-    _check_trainable(model)
-    methods = [find_method(stage.method) for stage in config.during]
-    callbacks = [m.callback(model, stage.options) for m, stage in zip(methods, config.during, strict=True)]
+    chosen: list[Layer] = []
+    learning = nullcontext({})
+    if config.lora is None:
+        _check_trainable(model)
+    else:
+        layers = find_layers(model)
+        chosen = [layers[name] for name in adapters.plan(layers, config.lora)]
+        learning = adapters.adapting(model, chosen, config.lora, context.seed)
+    callbacks = during.start(model, config.during)
     if config.teacher_cache is not None:
         teacher = None  # it is needed for one pass, and its memory for the student afterwards
+    with learning as trained:
+        metrics = _train(model, config, context, teacher, callbacks)
+    rows = during.store(model, config.during, callbacks)
+    if chosen:
+        rows, metrics["adapters"] = adapters.absorb(model, chosen, trained)
+    metrics |= {"student": made.metrics} if made.metrics else {}
+    return StageReport(layers=made.layers + rows, metrics=metrics, notes=made.notes)
+
+
+def _train(
+    model: PreTrainedModel,
+    config: Config,
+    context: Context,
+    teacher: PreTrainedModel | None,
+    callbacks: list[TrainerCallback],
+) -> dict[str, Any]:
+    """Train against a teacher that is in memory, or one that is asked once; returns what `core.training.train` does."""
     eager = [m for m in (model, teacher) if m is not None and any(f.kind == "attention" for f in config.features)]
     fast = nullcontext() if teacher is None else in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device))
     with fast, _eager_attention(eager):
-        metrics: dict[str, Any] = train(
+        return train(
             model,
             config,
             context,
@@ -230,9 +280,6 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
             lmbda=config.lmbda,
             max_new_tokens=config.max_new_tokens,
         )
-    rows = [row for method, callback in zip(methods, callbacks, strict=True) for row in method.store(model, callback)]
-    metrics |= {"student": made.metrics} if made.metrics else {}
-    return StageReport(layers=made.layers + rows, metrics=metrics, notes=made.notes)
 
 
 def _make_trainer(
@@ -313,6 +360,6 @@ def _check_trainable(model: PreTrainedModel) -> None:
     if stored and not any(layer.encoding.trainable for layer in stored if layer.encoding is not None):
         raise PlanError(
             f"the student has no trainable parts: {len(stored)} layers are stored as codes, such as {stored[0].name}; "
-            "distil before quantizing, tune scales instead (quantize.scales), or share weights (share.kmeans), whose "
-            "centroids learn"
+            "distil before quantizing, train adapters beside the codes (lora: {r: 8}), tune scales instead "
+            "(quantize.scales), or share weights (share.kmeans), whose centroids learn"
         )

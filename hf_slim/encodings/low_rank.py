@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from hf_slim.encodings.affine import Affine
 from hf_slim.encodings.base import Encoding, TensorSpec
 from hf_slim.encodings.codebook import Codebook
+from hf_slim.encodings.hashed import Hashed
 from hf_slim.encodings.sparse import Sparse
 
 
@@ -34,7 +35,10 @@ def _written(encoding: Encoding) -> dict[str, Any]:
 
 
 _Plain = Annotated[
-    Annotated[Affine, Tag("affine")] | Annotated[Codebook, Tag("codebook")] | Annotated[Sparse, Tag("sparse")],
+    Annotated[Affine, Tag("affine")]
+    | Annotated[Codebook, Tag("codebook")]
+    | Annotated[Hashed, Tag("hashed")]
+    | Annotated[Sparse, Tag("sparse")],
     Discriminator(_kind),
     PlainSerializer(_written),
 ]

@@ -203,9 +203,11 @@ def callback(model: PreTrainedModel, config: Config) -> GradualMagnitudePruning:
 
 
 def store(model: PreTrainedModel, pruned: GradualMagnitudePruning) -> list[LayerReport]:
-    """Store the layers that the callback has pruned as mask and survivors."""
+    """Store the layers that the callback has pruned as mask and survivors, but for those that another has stored."""
     layers, rows = find_layers(model), []
     for name in pruned.masks:
+        if layers[name].encoding is not None:
+            continue
         W = get_weight(model.get_submodule(name))
         encoded = pack(W, W != 0, pruned.config.pattern)
         if name in pruned.held and sum(tensor.nbytes for tensor in encoded[1].values()) >= layers[name].nbytes:

@@ -218,6 +218,14 @@ class Pulled:
         pruned = 0 < left < W.numel() and self.config.dim == 1
         return encode(W, replace(self.layer, survivors=left if pruned else None), self.config, keep if pruned else None)
 
+    def masked(self) -> Encoded:
+        """The weight as k-means would share what is left of it; a mask says where, though that may take more room."""
+        if self.config.dim > 1:
+            return self.solve()
+        keep = self.weight != 0
+        here = encoding(replace(self.layer, survivors=None), self.config)
+        return kmeans.solve(self.weight, here.model_copy(update={"survivors": int(keep.sum())}), keep)
+
     def refresh(self) -> None:
         """Where to draw the weight from now on."""
         config = self.config
@@ -378,8 +386,12 @@ class DeepKMeans(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def _stored(self, pulled: Pulled) -> Encoded:
-        """What decodes to the weight; weights that were pruned after they shared values need a clustering anew."""
+        """What decodes to the weight. Pruned after it was shared, it may lack a centroid at zero, and room for one."""
         assert pulled.members is not None
-        stored, tensors = pulled.members.encoded()
-        W = pulled.weight.float()
-        return (stored, tensors) if torch.equal(stored.decode(tensors, *W.shape), W) else pulled.solve()
+        W, found = pulled.weight.float(), pulled.members.encoded()
+        for solve in (pulled.solve, pulled.masked):
+            stored, tensors = found
+            if torch.equal(stored.decode(tensors, *W.shape), W):
+                break
+            found = solve()
+        return found
