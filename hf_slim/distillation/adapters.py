@@ -4,8 +4,8 @@
     y = x Wᵀ + dropout(x) (keep ⊙ s B A)ᵀ                       where W is pruned, so that zeros stay zero
 
 W [rows, cols]; A [r, cols], uniform within ±1 / sqrt(cols) at first; B [rows, r], zero at first, so that training
-begins with the model as it is. Only A and B are trained, in float32. Afterwards they become part of the model, which
-needs no library for adapters to load and computes what the trained one did:
+begins with the model as it is. Only A and B are trained, in float32, and `modules_to_save`, in full. Afterwards they
+become part of the model, which needs no library for adapters to load and computes what the trained one did:
 
     W dense                             W <- W + s B A                 merged, at no cost
     W sparse                            W <- keep ⊙ (W + s B A)        merged, at no cost
@@ -38,7 +38,7 @@ from hf_slim.core.errors import PlanError
 from hf_slim.core.layers import Encoded, put_layer
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.report import LayerReport
-from hf_slim.core.select import Layer, Select, select_layers
+from hf_slim.core.select import Layer, Select, matches, select_layers
 from hf_slim.core.swap import get_keep, get_weight
 from hf_slim.encodings import Affine, Codebook, Encoding, Hashed, LowRank, Sparse
 from hf_slim.encodings.modules import EncodedModule
@@ -55,6 +55,9 @@ class Lora(MethodConfig):
     r: int = Field(8, ge=1, description="rank of an adapter")
     alpha: float = Field(16.0, gt=0, description="an adapter's share is scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs dropped in training")
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="names of modules that are trained in full beside them, such as *norm, or a new classifier"
+    )
     layers: Select = Select()
 
 
@@ -81,15 +84,24 @@ def stored_with(encoding: Encoding | None, r: int) -> Encoding | None:
     raise PlanError(f"is stored as {encoding.describe()}, which no adapter can be added to")
 
 
-def plan(layers: Mapping[str, Layer], config: Lora) -> dict[str, Layer]:
+def plan(layers: Mapping[str, Layer], config: Lora, model: nn.Module) -> dict[str, Layer]:
     """The chosen layers as they will be stored; those that adapters are merged into stay as they are.
 
+    Args:
+        layers: as they are before it.
+        model: the one that they belong to, or its skeleton.
+
     Raises:
-        PlanError: every layer that takes no adapter, or none to choose from.
+        PlanError: every layer that takes no adapter, or none to choose from; modules that do not exist.
     """
     shared = {layer.tied_to for layer in layers.values() if layer.tied_to is not None}
     chosen = select_layers(dict(layers), config.layers)
     problems = [] if chosen else ["lora: no layer to adapt: the model has none in its blocks, or all are excluded"]
+    problems += [
+        f"lora.modules_to_save: {pattern!r} matches no module with parameters of its own"
+        for pattern, found in _full_modules(model, config).items()
+        if not found
+    ]
     planned: dict[str, Layer] = {}
     for layer in chosen:
         r, what = config.at(layer).r, f"lora: {layer.name} [{layer.rows}, {layer.cols}]"
@@ -147,7 +159,7 @@ class Adapter(nn.Module):
 
 @contextmanager
 def adapting(model: PreTrainedModel, layers: Sequence[Layer], config: Lora, seed: int) -> Iterator[dict[str, Adapter]]:
-    """Inside, the adapters of these layers are the model's only trainable parameters, and codes may stay codes."""
+    """Inside, adapters of these layers and the modules asked for are all that is trained; codes may stay codes."""
     generator = torch.Generator().manual_seed(seed)
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     quantized = getattr(model, "is_quantized", False)
@@ -155,6 +167,9 @@ def adapting(model: PreTrainedModel, layers: Sequence[Layer], config: Lora, seed
     modules: list[Any] = [model.get_submodule(layer.name) for layer in layers]
     model.is_quantized = False  # pyright: ignore  # the Trainer would refuse codes that no PeftModel is around
     model.requires_grad_(False)
+    for names in _full_modules(model, config).values():
+        for name in names:
+            model.get_submodule(name).requires_grad_(True)
     for layer, module in zip(layers, modules, strict=True):
         adapter = Adapter(layer.rows, layer.cols, config.at(layer), _pruned(module), generator)
         module.lora = adapters[layer.name] = adapter.to(next(iter(model.parameters())).device)
@@ -192,6 +207,12 @@ def absorb(
     added = [row.bytes - row.bytes_before for row in rows]
     kept = sum(count > 0 for count in added)
     return rows, {"merged": len(layers) - kept, "kept": kept, "kept_bytes": sum(added)}
+
+
+def _full_modules(model: nn.Module, config: Lora) -> dict[str, list[str]]:
+    """Names of the modules that each pattern asks to train in full."""
+    own = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    return {pattern: [name for name in own if matches(name, pattern)] for pattern in config.modules_to_save}
 
 
 def _encoded(module: EncodedModule, adapter: Adapter) -> Encoded:

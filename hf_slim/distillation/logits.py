@@ -153,7 +153,7 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
     if config.teacher_quantization is not None:
         check_installed()
     if config.lora is not None:
-        planned = adapters.plan(layers, config.lora)
+        planned = adapters.plan(layers, config.lora, model)
         return {name: layer for name, layer in planned.items() if layer != layers[name]}
     return during.plan(config.during, layers, model)
 
@@ -238,7 +238,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         _check_trainable(model)
     else:
         layers = find_layers(model)
-        chosen = [layers[name] for name in adapters.plan(layers, config.lora)]
+        chosen = [layers[name] for name in adapters.plan(layers, config.lora, model)]
         learning = adapters.adapting(model, chosen, config.lora, context.seed)
     callbacks = during.start(model, config.during)
     if config.teacher_cache is not None:

@@ -47,7 +47,7 @@ def made(kind: str, dtype: torch.dtype = torch.float32, name: str = "llama"):
 
 def chosen(model, config: Lora) -> list[Layer]:
     layers = find_layers(model)
-    return [layers[name] for name in adapters.plan(layers, config)]
+    return [layers[name] for name in adapters.plan(layers, config, model)]
 
 
 def draw_up(trained) -> None:
@@ -159,13 +159,25 @@ def test_a_stage_recovers_what_rounding_broke_and_moves_nothing_else():
     assert all(p.requires_grad for p in model.parameters())
     assert model.is_quantized
     # what was added learns on without adapters, and takes further ones
-    more = {"steps": 1, "learning_rate": 1e-2}
+    more = {"steps": 1, "warmup": 0, "learning_rate": 1e-2}
     hf_slim.compress(model, "distill.logits", data=tiny.ids(), original=original, **more)
     name = "model.layers.1.mlp.up_proj"
     assert not torch.equal(model.get_submodule(name).left, after[f"{name}.left"])
     assert torch.equal(model.get_submodule(name).base_codes, after[f"{name}.base_codes"])
     hf_slim.compress(model, "distill.logits", data=tiny.ids(), original=original, **more, lora={"r": 2})
     assert model.get_submodule(name).encoding.rank == 10
+
+
+def test_modules_may_train_in_full_beside_adapters():
+    model, before = made("codes"), made("codes").state_dict()
+    lora = {"r": 2, "modules_to_save": ["*layernorm"]}
+    options = {"steps": 2, "batch_size": 2, "warmup": 0, "learning_rate": 1e-2, "lora": lora}
+    hf_slim.compress(model, "distill.logits", data=tiny.ids(4), original=tiny.llama(), **options)
+    moved = [
+        name for name, tensor in model.state_dict().items() if name in before and not torch.equal(tensor, before[name])
+    ]
+    assert moved
+    assert moved == [name for name in before if "layernorm" in name]
 
 
 def test_experts_take_adapters(tmp_path):
@@ -244,7 +256,9 @@ def test_layers_that_take_no_adapter_are_all_named_and_nothing_changes():
     assert sum("has rank 20 at most, got r: 24; lower r" in p for p in problems) == 4
     assert stored_bytes(model) == before
     with pytest.raises(PlanError, match="include: 'no_such' matches no layer"):
-        adapters.plan(find_layers(model), Lora(layers={"include": ["no_such"]}))
+        adapters.plan(find_layers(model), Lora(layers={"include": ["no_such"]}), model)
+    with pytest.raises(PlanError, match="modules_to_save: 'no_such' matches no module with parameters"):
+        adapters.plan(find_layers(model), Lora(modules_to_save=["norm", "no_such"], layers={"exclude": ["1.*"]}), model)
     codes = Affine(bits=4, group_size=None)
     for stored in (LowRank(rank=2, left=codes, right=codes), codes.model_copy(update={"activations": "int8"})):
         with pytest.raises(PlanError, match="which no adapter can be added to"):
