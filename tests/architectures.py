@@ -79,10 +79,10 @@ def config_of(name: str) -> PretrainedConfig:
     return config_class(**options, attn_implementation="eager")
 
 
-def make(name: str, seed: int = 0) -> PreTrainedModel:
+def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model with weights of trained-like size, so that different inputs give different outputs."""
     torch.manual_seed(seed)
-    model = getattr(transformers, KINDS[name][0])._from_config(config_of(name), dtype=torch.float32)
+    model = getattr(transformers, KINDS[name][0])._from_config(config_of(name), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -140,14 +140,14 @@ def refusal(method: str, architecture: str) -> Refusal | None:
     return next((r for r in METHODS[method].refusals if architecture in r.names), None)
 
 
-def run(method: str, architecture: str, folder: Path) -> None:
-    """Run one cell; AssertionError or whatever went wrong when it does not hold.
+def run(method: str, architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Run one cell, with a model of this dtype; AssertionError or whatever went wrong when it does not hold.
 
     Raises:
         SlimError: the method refuses.
     """
     how = METHODS[method]
-    model, tokenizer = _model(method, architecture)
+    model, tokenizer = _model(method, architecture, dtype)
     before = stored_bytes(model)
     if how.after is not None:
         hf_slim.compress(model, how.after[0], **how.after[1])
@@ -165,11 +165,11 @@ def run(method: str, architecture: str, folder: Path) -> None:
         assert all(map(math.isfinite, numbers))
 
 
-def _model(method: str, architecture: str) -> tuple[PreTrainedModel, Any]:
+def _model(method: str, architecture: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """The model of a cell and its tokenizer: GGUF files hold both, of a few kinds."""
     family = GGUF.get(architecture)
     if method != "export.gguf" or family is None:
-        return architectures.make(architecture), tiny.tokenizer()
+        return architectures.make(architecture, dtype=dtype), tiny.tokenizer()
     return gguf_models.model(family), gguf_models.tokenizer(gguf_models.TOKENIZERS[family])
 
 
@@ -182,7 +182,7 @@ def _apply(model: PreTrainedModel, tokenizer: Any, method: str, architecture: st
         model,
         method,
         data=IDS if set(needs) - {"original"} else None,
-        original=architectures.make(architecture) if "original" in needs else None,
+        original=architectures.make(architecture, dtype=model.dtype) if "original" in needs else None,
         tokenizer=tokenizer,
         **options,
     )

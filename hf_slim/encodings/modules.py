@@ -87,11 +87,15 @@ class EncodedModule(nn.Module):
         return {name: layout[name].dtype for name, p in own.items() if p is not None and p.dtype != layout[name].dtype}
 
     def put(self, tensors: dict[str, Tensor]) -> None:
-        """Take over stored tensors, which must have the layout that the encoding announces."""
+        """Take over stored tensors, which must have the layout that the encoding announces.
+
+        A trainable one may be narrower than the model computes in for the moment (`core/precision.py`).
+        """
         self.unpack()
         for name, spec in self.encoding.layout(self.rows, self.cols, self.compute_dtype).items():
             got = tensors[name]
-            if tuple(got.shape) != spec.shape or got.dtype != spec.dtype:
+            narrower = name in self.encoding.trainable and torch.promote_types(got.dtype, spec.dtype) == spec.dtype
+            if tuple(got.shape) != spec.shape or (got.dtype != spec.dtype and not narrower):
                 raise ValueError(f"{name}: got {tuple(got.shape)} {got.dtype}, the encoding stores {spec}")
             setattr(self, name, nn.Parameter(got.to(self.compute_dtype)) if name in self.encoding.trainable else got)
 

@@ -12,7 +12,7 @@ import torch
 
 from hf_slim.core.errors import SlimError
 from hf_slim.core.size import count_weights
-from hf_slim.methods import addresses
+from hf_slim.methods import addresses, changes_model
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,12 @@ def test_cell(method, name, tmp_path):
     with pytest.raises(SlimError) as raised:
         cells.run(method, name, tmp_path)
     assert refusal.says in str(raised.value)
+
+
+@pytest.mark.parametrize("method", [method for method in cells.METHODS if changes_model(method)])
+def test_models_in_bfloat16(method, tmp_path):
+    """What most checkpoints are stored in, and what a CPU without arithmetic for it computes in float32 meanwhile."""
+    cells.run(method, "Llama", tmp_path, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", architectures.KINDS)
