@@ -28,10 +28,10 @@ learning at 16 times for both, the better one shown):
 
 Longer blocks cost nothing, and restoring the norm, whose error is larger, does not pay. The rival stays ahead, by less
 the smaller both are: 1.6 times at 4, 1.2 at 16. In the paper, whose nets learn images from scratch, hashing is a little
-ahead at 8 times and far ahead at 64. We did not see that either: of nets with one hidden layer, as there, that learn from
-scratch which token of TinyStories follows 8 others, 15 neurons with weights of their own reach a perplexity of 41.4, and
-1000 that share as many numbers, 64 weights each, 55.6 (`scripts/bench_hashednets.py`, 1000 steps, one seed, the best of
-three learning rates for both). Share by hashing where nothing else fits.
+ahead at 8 times and far ahead at 64. We did not see that either. Of nets with one hidden layer, as there, that learn
+from scratch which token of TinyStories follows 8 others, 15 neurons with weights of their own reach a perplexity of
+41.4, and 1000 that share as many numbers, 64 weights each, 55.6 (`scripts/bench_hashednets.py`, 1000 steps, one seed,
+the best of three learning rates for both). Share by hashing where nothing else fits.
 
 Shapes: W [rows, cols]; buckets [K / block, block]; exact_ids int64 [exact], ascending. Time O(n), memory O(n).
 """
