@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import architectures
 import pytest
+import runs
 import tiny
 import torch
 import training
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import hf_slim
 from hf_slim import DistillationConfig, DistillationTrainer
 from hf_slim.core.errors import PlanError, RecipeError
+from hf_slim.core.forward import logits_of
 from hf_slim.core.select import Layer, find_layers
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.stage import make_stage
@@ -21,7 +23,8 @@ from hf_slim.distillation.adapters import Lora, absorb, adapting
 from hf_slim.encodings import Affine, LowRank
 from hf_slim.evaluation.agreement import agreement
 from hf_slim.integration.transformers import mark
-from hf_slim.plan import order_problems, plan_stage
+from hf_slim.plan import make_plan, order_problems, plan_stage
+from hf_slim.run import run_recipe
 
 LORA = {"r": 4, "alpha": 8, "layers": {"*.down_proj": {"r": 3}, "exclude": ["k_proj"]}}
 RTN = ("quantize.rtn", {"bits": 4, "group_size": 16})
@@ -35,6 +38,7 @@ KINDS = {
     "hashed": [("share.hashed", {"compression": 4, "block": 8})],
     "factors": [("share.low_rank", {"rank": 5, "basis": "weight"})],
 }
+IDS = tiny.ids(4)
 MERGED = ("dense", "sparse", "2:4")
 
 
@@ -48,6 +52,11 @@ def made(kind: str, dtype: torch.dtype = torch.float32, name: str = "llama"):
 def chosen(model, config: Lora) -> list[Layer]:
     layers = find_layers(model)
     return [layers[name] for name in adapters.plan(layers, config, model)]
+
+
+@torch.no_grad()
+def put_out(model):
+    return logits_of(model.eval(), IDS)
 
 
 def draw_up(trained) -> None:
@@ -140,7 +149,7 @@ def test_it_trains_as_peft_does():
 
 
 def test_a_stage_recovers_what_rounding_broke_and_moves_nothing_else():
-    original, model = tiny.llama(), tiny.llama()
+    original, model = tiny.llama(layers=1), tiny.llama(layers=1)
     hf_slim.compress(model, "quantize.rtn", bits=2, group_size=20, embeddings={"bits": 8})
     held_out, before = tiny.ids(8, 32, seed=5), {n: t.clone() for n, t in model.state_dict().items()}
     rounded = agreement(model, original, held_out).kl
@@ -149,7 +158,7 @@ def test_a_stage_recovers_what_rounding_broke_and_moves_nothing_else():
     assert agreement(model, original, held_out).kl < 0.9 * rounded
     assert report.metrics["adapters"] == {
         "merged": 0,
-        "kept": 14,
+        "kept": 7,
         "kept_bytes": sum(r.bytes - r.bytes_before for r in report.layers),
     }
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -161,7 +170,7 @@ def test_a_stage_recovers_what_rounding_broke_and_moves_nothing_else():
     # what was added learns on without adapters, and takes further ones
     more = {"steps": 1, "warmup": 0, "learning_rate": 1e-2}
     hf_slim.compress(model, "distill.logits", data=tiny.ids(), original=original, **more)
-    name = "model.layers.1.mlp.up_proj"
+    name = "model.layers.0.mlp.up_proj"
     assert not torch.equal(model.get_submodule(name).left, after[f"{name}.left"])
     assert torch.equal(model.get_submodule(name).base_codes, after[f"{name}.base_codes"])
     hf_slim.compress(model, "distill.logits", data=tiny.ids(), original=original, **more, lora={"r": 2})
@@ -180,15 +189,36 @@ def test_modules_may_train_in_full_beside_adapters():
     assert moved == [name for name in before if "layernorm" in name]
 
 
-def test_experts_take_adapters(tmp_path):
-    model, original = architectures.make("Mixtral"), architectures.make("Mixtral")
+@pytest.mark.parametrize(("name", "part"), [("Mixtral", "experts"), ("T5", "decoder")])
+def test_experts_and_encoder_decoders_take_adapters(name, part, tmp_path):
+    model, original = architectures.make(name), architectures.make(name)
     hf_slim.compress(model, *RTN[:1], **RTN[1])
-    options = {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "lora": {"r": 2}}
-    report = hf_slim.compress(model, "distill.logits", data=tiny.ids(4), original=original, **options)
-    assert any("experts" in row.name for row in report.layers)
+    options = {"steps": 2, "batch_size": 2, "warmup": 0, "learning_rate": 1e-2, "lora": {"r": 2}}
+    before = put_out(model)
+    report = hf_slim.compress(model, "distill.logits", data=IDS, original=original, **options)
+    assert any(part in row.name for row in report.layers)
+    found = put_out(model)
+    assert not torch.equal(found, before)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
-    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    assert torch.equal(put_out(type(model).from_pretrained(tmp_path, attn_implementation="eager")), found)
+
+
+def test_recipes_with_adapters_take_what_they_say(tmp_path):
+    place, train = runs.Place(tmp_path, tiny.llama(layers=3)), "steps: 2, batch_size: 2, learning_rate: 1.0e-3"
+    first = f"distill.logits: {{{train}, student: {{layers: 2}}, lora: {{r: 3}}}}"
+    last = f"distill.logits: {{{train}, lora: {{r: 2, layers: {{exclude: [k_proj]}}}}}}"
+    recipe = place.recipe(first, "quantize.rtn: {bits: 4, group_size: 8}", last)
+    plan, report = make_plan(recipe), run_recipe(recipe, place.out)
+    assert report.size.bytes_after == plan.bytes_after
+    made = [stage.metrics.get("adapters") for stage in report.stages]
+    assert made[0] == {"merged": 14, "kept": 0, "kept_bytes": 0}
+    assert (made[2]["merged"], made[2]["kept"]) == (0, 12)
+    assert {layer.describe() for layer in _encodings(place.out)} == {"4-bit g8", "4-bit g8 + rank 2"}
+
+
+def _encodings(folder):
+    found = find_layers(AutoModelForCausalLM.from_pretrained(folder)).values()
+    return [layer.encoding for layer in found if layer.encoding is not None]
 
 
 def test_a_resumed_run_equals_a_straight_one(tmp_path):
