@@ -221,6 +221,8 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     context = keep_previous(model, config, context)
     later = config.teacher_cache is not None and config.student == SELF
     teacher = None if later else load_teacher(config, context)
+    if teacher is not None and config.student == SELF:
+        _check_pair(model, teacher, config, context)
     if teacher is not None:
         _check_reads(teacher, config, context)
     if config.student == SELF:
@@ -302,7 +304,7 @@ def _make_trainer(
         return DistillationTrainer(teacher=teacher, **options)
     folder = Path(config.teacher_cache.folder or Path(str(args.output_dir)) / "teacher_cache").expanduser()
     asked = load_teacher(config, context)
-    check_pair(model, asked, config.vocabulary, (context.tokenizer if other is not None else None, other))
+    _check_pair(model, asked, config, context)
     write_cache(
         folder,
         asked,
@@ -318,6 +320,12 @@ def _make_trainer(
     context.release_original()
     options.pop("teacher_tokenizer", None)
     return DistillationTrainer(teacher_cache=folder, **options)
+
+
+def _check_pair(model: PreTrainedModel, teacher: PreTrainedModel | None, config: Config, context: Context) -> None:
+    """Refuse a teacher that cannot teach this student."""
+    other = _other_tokenizer(config)
+    check_pair(model, teacher, config.vocabulary, (context.tokenizer if other is not None else None, other))
 
 
 def _other_tokenizer(config: Config) -> Any:
