@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 import training
-from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 import hf_slim
+from hf_slim.core.parallel import processes
 from hf_slim.core.training import Windows
 from hf_slim.distillation import teacher_cache
 from hf_slim.pruning.gradual import GradualMagnitudePruning
@@ -44,7 +45,7 @@ def compress_alike(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, to
 
     Sums and numbers of tokens are so many times those of one process, which changes no bit of their quotients.
     """
-    windows = tiny.ids(16, 32, seed=1).repeat_interleave(PartialState(cpu=True).num_processes, dim=0)
+    windows = tiny.ids(16, 32, seed=1).repeat_interleave(processes().num_processes, dim=0)
     states = {}
     for method, options in methods.items():
         model = tiny.llama()
@@ -55,6 +56,7 @@ def compress_alike(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, to
 
 def write_cache(folder: str) -> list[float]:
     """Write the shards of a teacher cache that are this process's own, of three; read some of each."""
+    assert processes().num_processes == int(os.environ.get("WORLD_SIZE", 1))
     teacher_cache._TOKENS_A_SHARD = 16
     options = teacher_cache.CacheOptions(draws=5)
     cache = teacher_cache.write_cache(folder, tiny.llama(seed=1), Windows(tiny.ids(6, 8), labels=True), options)

@@ -40,7 +40,9 @@ def together(function: Callable[..., Any], *args: Any, count: int = 2) -> list[A
 
 def _run(rank: int, count: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(
+        {name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true"
+    )
     torch.set_num_threads(1)
     try:
         torch.save(function(*args), f"{folder}/{rank}.pt")

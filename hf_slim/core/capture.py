@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from hf_slim.core.forward import run_on
+from hf_slim.core.parallel import processes
 from hf_slim.core.statistics import StopForward
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
@@ -49,7 +49,7 @@ def capture(model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor]) 
 
 def own_share(windows: Tensor) -> list[Tensor]:
     """This process's windows, in batches."""
-    state = PartialState()
+    state = processes()
     own = windows[state.process_index :: state.num_processes]
     return list(own.split(max(1, BATCH_TOKENS // windows.shape[1])))
 

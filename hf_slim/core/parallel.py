@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from torch import Tensor
+
+
+def processes() -> PartialState:
+    """The processes of this launch; `PartialState` alone does not see those of `accelerate launch --cpu`."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def is_main() -> bool:
     """Whether this process writes files and prints."""
-    return PartialState().is_main_process
+    return processes().is_main_process
 
 
 def device() -> torch.device:
     """Where this process computes: its accelerator, or the CPU."""
-    return torch.device(PartialState().device or "cpu")
+    return torch.device(processes().device or "cpu")
 
 
 def wait_for_all() -> None:
     """Return when every process has come here."""
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:
     """Sums of all processes together, float32 on the CPU."""
-    return reduce(sums.float().to(PartialState().device), reduction="sum").cpu()  # pyright: ignore
+    return reduce(sums.float().to(processes().device), reduction="sum").cpu()  # pyright: ignore

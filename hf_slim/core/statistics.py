@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from hf_slim.core.parallel import processes
 
 TILE = 384  # columns of a Hessian computed together; a quarter to a half of it need not be computed at all
 
@@ -114,13 +115,13 @@ class Sums:
         Args:
             widths: columns of every layer; one that no process reached gets a Hessian of zeros.
         """
-        counts = torch.tensor([self.tokens.get(name, 0) for name in widths]).to(PartialState().device)
+        counts = torch.tensor([self.tokens.get(name, 0) for name in widths]).to(processes().device)
         counts = reduce(counts, reduction="sum").tolist()  # pyright: ignore
         reduced: dict[int, tuple[Tensor, Tensor]] = {}  # the sum too: its id is not used again while it lives
         found = {}
         for (name, width), count in zip(widths.items(), counts, strict=True):
             total = self.sums.get(name)
-            total = self._zeros(width, PartialState().device) if total is None else total
+            total = self._zeros(width, processes().device) if total is None else total
             share = 2.0 / max(1, count)
             if id(total) not in reduced:
                 reduced[id(total)] = total, _over_processes(total) * share

@@ -22,13 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from hf_slim.core.parallel import processes
 from hf_slim.core.walk import Block
 
 # Of Adam's averages: memories as short as the training. One pass in block 7 of SmolLM2-135M at 3 bits takes the
@@ -188,7 +188,7 @@ def _step(block: Block, parts: Mapping[str, Part], i: int, learning: Sequence[nn
     """Gradients of one batch's loss, averaged over all processes; none for experts that no token was routed to."""
     loss = _squared(block.run(i, computed(block, parts)), block.target(i))
     slopes = torch.autograd.grad(loss, learning, allow_unused=True)
-    several = PartialState().num_processes > 1
+    several = processes().num_processes > 1
     for p, slope in zip(learning, slopes, strict=True):
         if several:
             slope = reduce(torch.zeros_like(p) if slope is None else slope, reduction="mean")

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,7 +31,7 @@ from transformers import default_data_collator
 from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.core.forward import device_of, evaluating
 from hf_slim.core.method import MethodConfig
-from hf_slim.core.parallel import is_main, wait_for_all
+from hf_slim.core.parallel import is_main, processes, wait_for_all
 from hf_slim.distillation.cache_files import CacheKey, Targets, TeacherCache, claim, is_whole, write_shard
 from hf_slim.distillation.cache_records import pack_draws, pack_ids, tail_of
 from hf_slim.distillation.losses import RowLoss, against_samples, against_top_k, chunks
@@ -147,7 +146,7 @@ def write_cache(
         seed=seed,
         rows_a_shard=max(1, _TOKENS_A_SHARD // found.longest),
     )
-    folder, state = Path(folder), PartialState()
+    folder, state = Path(folder), processes()
     claim(folder, key, create=is_main())
     wait_for_all()
     claim(folder, key, create=False)

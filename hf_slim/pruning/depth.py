@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import PlanError
 from hf_slim.core.forward import evaluating, logits_of
 from hf_slim.core.method import MethodConfig, Rules
-from hf_slim.core.parallel import sum_over_processes
+from hf_slim.core.parallel import processes, sum_over_processes
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Stack, choose_stack, find_layers
 from hf_slim.core.shapes import keep_blocks, plan_blocks
@@ -304,7 +303,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _own(windows: Tensor) -> Tensor:
-    state = PartialState()
+    state = processes()
     return windows[state.process_index :: state.num_processes]
 
 

@@ -30,7 +30,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
@@ -41,6 +40,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import PlanError
 from hf_slim.core.layers import check_weights
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.parallel import processes
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
 from hf_slim.core.statistics import watching
@@ -245,7 +245,7 @@ def _activations(
     model: nn.Module, chosen: Mapping[str, Units], names: Mapping[str, Any], block: Block
 ) -> list[tuple[str, Tensor]]:
     """Run the block for the activations of its heads."""
-    device = PartialState().device
+    device = processes().device
     sums = {name: torch.zeros(len(chosen[name]), device=device) for name in names}
 
     def note(name: str, h: Tensor) -> None:

@@ -31,7 +31,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Bool, Float
 from pydantic import Field
@@ -43,6 +42,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import PlanError
 from hf_slim.core.forward import evaluating, run_on
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.parallel import processes
 from hf_slim.core.probe import numbers
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, find_layers
@@ -208,7 +208,7 @@ def _observe(
     model: nn.Module, norms: Mapping[str, _Norm], batches: Sequence[Tensor], keep: Bool[Tensor, " width"] | None
 ) -> _Seen:
     """Run the windows through the model."""
-    device = PartialState().device
+    device = processes().device
     squares = {name: torch.zeros(norm.module.weight.shape[0], device=device) for name, norm in norms.items()}
     sums = {name: torch.zeros(2, device=device) for name in norms}
     head = torch.zeros(1, device=device)

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor
 
 from hf_slim.core.folding import Fold, fold, put_weight
 from hf_slim.core.layers import Encoded
+from hf_slim.core.parallel import processes
 from hf_slim.core.swap import encode_layer, get_keep, get_weight, set_module
 from hf_slim.core.walk import Block, Solution, Statistics
 
@@ -80,7 +80,7 @@ def judge(block: Block, trials: Sequence[tuple[Mapping[str, Solution], Mapping[s
     Args:
         trials: solutions of layers, and values of parameters that stay dense by their names below the block.
     """
-    sums = torch.zeros(len(trials) + 1, dtype=torch.float64).to(PartialState().device)
+    sums = torch.zeros(len(trials) + 1, dtype=torch.float64).to(processes().device)
     for i in range(min(JUDGED, len(block))):
         dense = block.run(i)
         sums[-1] += dense.float().square().sum()
