@@ -13,8 +13,7 @@ from torch import Tensor
 
 from hf_slim.core.errors import DataError
 from hf_slim.core.forward import shift_right
-
-IGNORED = -100
+from hf_slim.distillation.losses import IGNORED
 
 
 def written(batch: Mapping[str, Any]) -> Tensor:
