@@ -41,6 +41,8 @@ IGNORED = -100  # the label that transformers and torch give to a position witho
 
 # 2**23 fp32 numbers (32 MiB) a temporary: large enough to keep the cores busy, small beside any batch of logits
 _CHUNK_ELEMENTS = 2**23
+# of these, temporaries of 1 MiB: a kernel of ten passes over them reads from the cache of a core, not from memory
+_CACHED_ELEMENTS = 2**18
 
 
 def positions(
@@ -138,9 +140,12 @@ def against_teacher(
     kernel = row_kernel(divergence, beta, skew)
 
     def row_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = _log_softmax(teacher(tokens).to(s.device, s.dtype), temperature)
-        loss, gradient = kernel(log_p, _log_softmax(s, temperature))
-        return loss * temperature**2, gradient.mul_(temperature)
+        t = teacher(tokens).to(s.device, s.dtype)
+        loss, gradient = s.new_empty(len(s)), torch.empty_like(s)
+        for rows in _cached_rows(s):
+            loss[rows], slope = kernel(_log_softmax(t[rows], temperature), _log_softmax(s[rows], temperature))
+            torch.mul(slope, temperature, out=gradient[rows])
+        return loss.mul_(temperature**2), gradient
 
     return row_loss
 
@@ -248,6 +253,12 @@ def chunk_sums(
     if gradient is not None and scale is not None:
         gradient.mul_(scale.unsqueeze(1))
     return torch.stack(sums), gradient
+
+
+def _cached_rows(s: Float[Tensor, "rows vocab"]) -> list[slice]:
+    """Slices of rows: on a processor so few that the temporaries of a kernel stay in its cache, on a GPU all."""
+    step = max(1, _CACHED_ELEMENTS // s.shape[1]) if s.device.type == "cpu" else len(s)
+    return [slice(first, first + step) for first in range(0, len(s), max(1, step))]
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
