@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from hf_slim.core.checkpoints import Resumes
 from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.examples import collator
@@ -169,7 +170,7 @@ def train_with(
     callback: TrainerCallback, model: PreTrainedModel, options: TrainingOptions, context: Context
 ) -> dict[str, Any]:
     """Train `model` in place on its own loss, with a callback at work; returns what `train` does."""
-    make = partial(Trainer, callbacks=[callback], **own_loss(model))
+    make = partial(Resumes, callbacks=[callback], **own_loss(model))
     return train(model, options, context, TrainingArguments, make)
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+from hf_slim.core.checkpoints import Resumes
 from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.distillation import fused, projections
 from hf_slim.distillation.arguments import DistillationConfig, check_teaching, check_trainer_options
@@ -41,7 +42,7 @@ __all__ = ["DistillationConfig", "DistillationTrainer", "check_pair", "task_of"]
 _NOT_FEATURES = ("labels", "shift_labels", ROW, GENERATED)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(Resumes):
     """Trains `model` to predict what `teacher` predicts, on labelled or unlabelled data.
 
     For causal, masked and encoder-decoder language models, sequence and token classification. A position counts if it

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
+from hf_slim.core.checkpoints import Resumes
 from hf_slim.pruning.gradual import Config, GradualMagnitudePruning
 
 
-class PruningTrainer(Trainer):
+class PruningTrainer(Resumes):
     """Trains `model` and prunes it gradually; logs the measured `sparsity` beside the training loss.
 
     Args:
