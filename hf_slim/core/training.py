@@ -27,6 +27,7 @@ from hf_slim.core.examples import collator
 from hf_slim.core.explain import explain
 from hf_slim.core.forward import is_classifier
 from hf_slim.core.method import MethodConfig
+from hf_slim.core.parallel import require_whole_weights
 from hf_slim.core.precision import in_dtype
 from hf_slim.core.targets import Targets, pair_collator
 
@@ -136,6 +137,7 @@ def train(
     Returns:
         Steps, tokens (or texts) seen, and the first and last logged losses.
     """
+    require_whole_weights("training in a recipe")
     data, seen = _training_data(model, options, context)
     with _folder(context) as folder, in_dtype(model, torch.float32):
         args = arguments(

@@ -54,6 +54,7 @@ class LiveTeacher:
         words: size of the student's vocabulary, which logits are brought to; None to leave them as they are.
         translator: tokenizes batches anew, for a teacher with another tokenizer.
         features: what is compared inside.
+        whole: False where its weights are sharded, and its head cannot be called by itself.
         around: makes a context for the forward pass, such as autocast.
     """
 
@@ -65,12 +66,13 @@ class LiveTeacher:
         words: int | None = None,
         translator: Translator | None = None,
         features: FeatureLosses | None = None,
+        whole: bool = True,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.model, self.settings, self.words, self.translator = model, settings, words, translator
         self.features, self.around = features, around
         self._accepts = _accepted(model)
-        self._fused = settings.fused is not False and fused.why_not(model) is None
+        self._fused = whole and settings.fused is not False and fused.why_not(model) is None
         self._positions = getattr(model.config, "max_position_embeddings", None)
 
     def teach(self, batch: Mapping[str, Any]) -> Taught:
@@ -139,7 +141,7 @@ def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, 
         teacher, student: models that `pairs.check_pair` has found to fit.
         settings: a `DistillationConfig`, or its class for the defaults.
         tokenizers: of student and teacher, as far as they are known.
-        options: `features` and `around` of `LiveTeacher`.
+        options: `features`, `whole` and `around` of `LiveTeacher`.
     """
     words = words_of(student) if task_of(student) in ("causal", "masked", "seq2seq") else None
     translator = None

@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 
 from hf_slim.core.checkpoints import Resumes
 from hf_slim.core.errors import DataError, ModelError, PlanError
+from hf_slim.core.parallel import require_whole_weights
 from hf_slim.distillation import fused, projections
 from hf_slim.distillation.arguments import DistillationConfig, check_teaching, check_trainer_options
 from hf_slim.distillation.averages import Average
@@ -34,6 +35,7 @@ from hf_slim.distillation.features import FeatureLosses, read_features
 from hf_slim.distillation.losses import Term, against_labels, chunks, positions, sum_over_logits
 from hf_slim.distillation.on_policy import GENERATED, Generation
 from hf_slim.distillation.pairs import Model, check_pair, task_of, words_of
+from hf_slim.distillation.placement import place
 from hf_slim.distillation.teacher_cache import ROW, CachedTeacher, WithRows, check_not_empty, hand_rows_through
 from hf_slim.distillation.teachers import LiveTeacher, Taught, make_live
 
@@ -100,14 +102,21 @@ class DistillationTrainer(Resumes):
                 "distillation shifts labels within whole sequences; set context and sequence parallelism to 1"
             )
         self.can_return_loss = True  # a loss needs no labels here, so evaluation without labels has one, too
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        if teacher is not None and getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(self.args.device)
+        sharded = False
+        if teacher is not None:
+            teacher, sharded = place(teacher.requires_grad_(False).eval(), self)
+        self.teacher = teacher
         self._fused = self._may_fuse()
         self._teaching: LiveTeacher | CachedTeacher | None = None
         if teacher is not None:
             self._teaching = make_live(
-                teacher, model, settings, tokenizers, features=self.features, around=self.accelerator.autocast
+                teacher,
+                model,
+                settings,
+                tokenizers,
+                features=self.features,
+                whole=not sharded,
+                around=self.accelerator.autocast,
             )
         elif teacher_cache is not None:
             self._teaching = self._open_cache(teacher_cache)
@@ -118,6 +127,8 @@ class DistillationTrainer(Resumes):
                 "features of models of different widths need projections, which FSDP and DeepSpeed do not train; "
                 "use DistributedDataParallel, or compare relations (kind: relation), which need none"
             )
+        if settings.lmbda:
+            require_whole_weights("lmbda: a student that writes text")
         if self._projections:
             self._projections.to(self.args.device)
             self.add_callback(projections.Gradients(self._projections, self.accelerator))

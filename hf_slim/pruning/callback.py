@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_slim.core.errors import PlanError
 from hf_slim.core.experts import unfuse
+from hf_slim.core.parallel import require_whole_weights
 from hf_slim.core.units import Units, find_units
 from hf_slim.pruning.adapters import is_plain_lora, unwrap
 from hf_slim.pruning.checkpoint import folder_of, load_state, save_state
@@ -104,8 +105,7 @@ class PruningHooks(TrainerCallback, ExportableState):
             every=config.every,
             curve=config.schedule,
         )
-        if args.fsdp or args.deepspeed:
-            raise PlanError("gradual pruning ranks whole weights, which FSDP and DeepSpeed shard; use data parallelism")
+        require_whole_weights("gradual pruning")
         targets = find_targets(model, config.layers)
         self._groups = _units(model, targets, config)
         if self._groups:

@@ -31,6 +31,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.layers import Encoded, plan_targets, put_layer, worth_masking
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.parallel import require_whole_weights
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
@@ -139,10 +140,7 @@ class FakeQuantize(TrainerCallback):
 
     def on_init_end(self, args, state, control, *, model, **kwargs):
         """Fit the grids and give every layer its scales, before there is an optimizer."""
-        if args.fsdp or args.deepspeed:
-            raise PlanError(
-                "fake quantization needs whole weights, which FSDP and DeepSpeed shard; use data parallelism"
-            )
+        require_whole_weights("quantize.qat")
         targets = plan_targets(model, "quantize.qat", self.config)
         if twice := [t.name for t in targets if hasattr(model.get_submodule(t.name), "fake")]:
             raise PlanError(

@@ -52,6 +52,7 @@ from hf_slim.core.context import Context
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.core.layers import Encoded, plan_targets, put_layer
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.parallel import require_whole_weights
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers
 from hf_slim.core.swap import densify, get_weight
@@ -281,8 +282,7 @@ class DeepKMeans(TrainerCallback, ExportableState):
 
     def on_init_end(self, args, state, control, *, model, **kwargs):
         """Make layers that are stored sparse dense ones, before there is an optimizer."""
-        if args.fsdp or args.deepspeed:
-            raise PlanError("deep k-means needs whole weights, which FSDP and DeepSpeed shard; use data parallelism")
+        require_whole_weights("share.deep_kmeans")
         for layer in plan_targets(model, "share.deep_kmeans", self.config):
             if layer.encoding is not None:
                 densify(model, layer.name)

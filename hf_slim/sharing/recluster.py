@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_slim.core.context import Context
 from hf_slim.core.errors import PlanError
 from hf_slim.core.method import MethodConfig, Rules
+from hf_slim.core.parallel import require_whole_weights
 from hf_slim.core.report import LayerReport, StageReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
 from hf_slim.core.training import TrainingOptions, configured, require_loss, train_with
@@ -149,8 +150,7 @@ class ReassignCodes(TrainerCallback):
 
     def on_init_end(self, args, state, control, *, model, **kwargs):
         """Give every layer its drift, before there is an optimizer."""
-        if args.fsdp or args.deepspeed:
-            raise PlanError("re-assignment needs whole weights, which FSDP and DeepSpeed shard; use data parallelism")
+        require_whole_weights("share.recluster")
         modules = [model.get_submodule(layer.name) for layer in shared(find_layers(model), self.config)]
         self._modules = [module for module in modules if isinstance(module, EncodedLinear)]
         for module in self._modules:
