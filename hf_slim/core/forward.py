@@ -34,9 +34,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its input: the device of its embedding, for a model spread over devices."""
+    """Where the model takes its input: the device of its embedding, for a model spread over devices.
+
+    Weights that accelerate keeps elsewhere between two uses, on disk for one, are on the meta device; its hook knows
+    where they are used.
+    """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     modules = [module for module in (embedding, model) if isinstance(module, nn.Module)]
+    hooks = [hook for module in modules if (hook := getattr(module, "_hf_hook", None)) is not None]
+    chain = [single for hook in hooks for single in getattr(hook, "hooks", [hook])]
+    used = [hook.execution_device for hook in chain if getattr(hook, "execution_device", None) is not None]
+    if used:
+        return torch.device(used[0])
     tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
