@@ -19,7 +19,9 @@ class DistillationConfig(TrainingArguments):
     """`TrainingArguments` and the dials of distillation.
 
     Args:
-        temperature: T > 0; both models' logits are divided by it. 2.0 as in DistilBERT and oBERT.
+        temperature: T > 0; both models' logits are divided by it. At 1.0 the student learns the
+            distribution itself, as language models are used; 2.0 and more, as in DistilBERT and oBERT, weighs what is
+            unlikely, for which a short training of a language model has no time.
         alpha: share of the distillation loss, from 0 to 1; the labels' cross entropy has the rest. The default 1.0 is
             right when a compressed model is to behave as it did before: the teacher knows more than the label. Use 0.5
             to 0.9 when a smaller student learns a task from labelled data.
@@ -34,7 +36,7 @@ class DistillationConfig(TrainingArguments):
             it, and where nobody asks for logits; True: refuse a model that does not; False: never.
     """
 
-    temperature: float = field(default=2.0, metadata={"help": "Both models' logits are divided by it; above 0."})
+    temperature: float = field(default=1.0, metadata={"help": "Both models' logits are divided by it; above 0."})
     alpha: float = field(
         default=1.0, metadata={"help": "Share of the distillation loss, 0 to 1; the label loss has the rest."}
     )

@@ -70,7 +70,7 @@ class Config(TrainingOptions):
     teacher_quantization: Literal["nf4", "int8"] | None = Field(
         None, description="load the teacher through bitsandbytes, to save memory"
     )
-    temperature: float = Field(2.0, gt=0, description="both models' logits are divided by it")
+    temperature: float = Field(1.0, gt=0, description="both models' logits are divided by it")
     alpha: float = Field(
         1.0, ge=0, le=1, description="share of the distillation loss, 0 for none; the labels have the rest"
     )

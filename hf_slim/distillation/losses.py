@@ -81,7 +81,7 @@ def kl_divergence(
     student: Float[Tensor, "tokens vocab"],
     teacher: Float[Tensor, "tokens vocab"],
     keep: Bool[Tensor, " tokens"],
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     *,
     beta: float = 0.5,
@@ -124,7 +124,7 @@ def label_cross_entropy(
 
 def against_teacher(
     teacher: Callable[[Tensor], Tensor],
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     *,
     beta: float = 0.5,

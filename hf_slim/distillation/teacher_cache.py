@@ -102,7 +102,7 @@ def write_cache(
     data: Any,
     options: CacheOptions | None = None,
     *,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     tokenizer: Any = None,
     name: str | None = None,
     vocabulary: int | None = None,

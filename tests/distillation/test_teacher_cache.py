@@ -246,7 +246,7 @@ def test_a_finished_cache_is_not_asked_again(tmp_path, monkeypatch):
     [
         ({"teacher": tiny.llama(seed=2)}, "the teacher: the cache has"),
         ({"data": windows(seed=5)}, "the tokens of the data set: the cache has"),
-        ({"temperature": 1.0}, "temperature: the cache has 2.0, here it is 1.0"),
+        ({"temperature": 2.0}, "temperature: the cache has 1.0, here it is 2.0"),
         ({"options": CacheOptions(k=3, precision="float32")}, "k or draws: the cache has 96, here it is 3"),
     ],
     ids=["teacher", "data", "temperature", "k"],

@@ -191,7 +191,7 @@ def test_evaluation_without_labels_has_a_loss(tmp_path):
 def test_plain_training_arguments_distil_with_the_defaults(tmp_path):
     args = training.arguments(tmp_path, TrainingArguments, max_steps=1)
     trainer = DistillationTrainer(*pair(), args, train_dataset=training.rows(), data_collator=training.Pad())
-    expected = make(tmp_path, alpha=1.0, temperature=2.0)
+    expected = make(tmp_path, alpha=1.0, temperature=1.0)
     with torch.no_grad():
         losses = [t.compute_loss(t.model, batch()) for t in (trainer, expected)]
     assert losses[0] == losses[1]
