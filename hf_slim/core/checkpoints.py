@@ -7,7 +7,6 @@ keys, and goes on with the experts that the model began with. `Resumes` converts
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from hf_slim.core.errors import DataError
+from hf_slim.core.skeleton import without_weights
 
 
 class Resumes(Trainer):
@@ -60,7 +60,7 @@ def load_converted(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> N
     Raises:
         DataError: the checkpoint lacks weights of the model; nothing has been changed.
     """
-    twin = _without_weights(model)
+    twin = without_weights(model)
     options = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model), device_map={"": "cpu"})
     convert_and_load_state_dict_in_model(model=twin, state_dict=stored, load_config=options)
     read = {name: tensor for name, tensor in twin.state_dict().items() if not tensor.is_meta}
@@ -73,12 +73,3 @@ def load_converted(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> N
             "the model that was trained"
         )
     model.load_state_dict(read, strict=False)
-
-
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no numbers."""
-    meta: dict[int, torch.Tensor] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, meta)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +31,7 @@ CONFIG = "config."  # begins the entries of a config that a module has for itsel
 REFUSALS = (*FAILURES, StrictDataclassError)
 """What a config may raise that is given a number it was not made for, and what a model built from one may."""
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Number = int | float | tuple[int, ...]
 
 
@@ -74,6 +75,15 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMod
             return cls._from_config(config)
     except REFUSALS:
         return None
+
+
+def without_weights(model: AnyModule) -> AnyModule:
+    """A copy on the meta device, whatever shapes and encodings the model has: no tensor is copied on the way."""
+    copies: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        copies[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, copies)
 
 
 def read(model: nn.Module, config: PretrainedConfig | None = None) -> Facts:

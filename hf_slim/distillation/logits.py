@@ -40,10 +40,11 @@ from hf_slim.core.training import TrainingOptions, train
 from hf_slim.distillation import adapters, during
 from hf_slim.distillation.adapters import Lora
 from hf_slim.distillation.arguments import check_teaching
+from hf_slim.distillation.cut import StudentOptions
 from hf_slim.distillation.divergences import Divergence
 from hf_slim.distillation.features import Feature
 from hf_slim.distillation.pairs import check_pair, words_of
-from hf_slim.distillation.student import SELF, Student, StudentOptions, plan_student, turn_into_student
+from hf_slim.distillation.student import SELF, Student, plan_student, turn_into_student
 from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.distillation.vocabulary import Vocabulary

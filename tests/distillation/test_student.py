@@ -24,8 +24,9 @@ from hf_slim.core.select import find_layers
 from hf_slim.core.size import stored_bytes
 from hf_slim.core.swap import get_weight
 from hf_slim.core.training import Windows
+from hf_slim.distillation.cut import StudentOptions
 from hf_slim.distillation.inherit import spread
-from hf_slim.distillation.student import StudentOptions, make_student, plan_student
+from hf_slim.distillation.student import make_student, plan_student
 from hf_slim.evaluation.perplexity import perplexity
 from hf_slim.plan import make_plan
 from hf_slim.run import run_recipe

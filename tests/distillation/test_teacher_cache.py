@@ -106,7 +106,7 @@ def test_size_of_a_token(tmp_path):
     assert likeliest.tokens == 64 * 64
     assert likeliest.bytes_a_token == pytest.approx(ids_bytes(64, tiny.VOCABULARY) + 130, abs=2)
     assert ids_bytes(64, 151936) + 130 == 274
-    drawn = write(tmp_path / "draws", CacheOptions(draws=50), data)
+    drawn = write(tmp_path / "draws", CacheOptions(draws=50), data, temperature=2.0)
     logits = tiny.logits(tiny.llama(seed=1), data.ids)
     ids, _ = draw(logits.flatten(0, 1), 50, 2.0, generator=torch.Generator().manual_seed(9))
     words = torch.tensor([len(set(row)) for row in ids.tolist()]).float().mean().item()
@@ -175,7 +175,7 @@ def test_draws_are_unbiased(tmp_path):
     live = (logits / 2).softmax(1) - (taught / 2).softmax(1)
     found = []
     for seed in range(20):
-        cache = write(tmp_path / f"{seed}", CacheOptions(draws=50), data, teacher, seed=seed)
+        cache = write(tmp_path / f"{seed}", CacheOptions(draws=50), data, teacher, seed=seed, temperature=2.0)
         targets = cache.read(range(4))
         p = torch.zeros_like(live).scatter_add_(1, targets.ids, targets.values.double())
         found.append((logits / 2).softmax(1) - p)

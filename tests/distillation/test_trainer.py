@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
@@ -28,8 +24,9 @@ from transformers import (
 
 from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_slim.pruning.gradual import GradualMagnitudePruning
 
-HERE = Path(__file__).parent
+FEATURES = [{"kind": "hidden", "weight": 0.1}, {"kind": "relation", "layers": "last", "schedule": "linear"}]
 KINDS = {"llama": "causal", "gpt2": "causal", "opt": "causal", "bert": "masked", "bert_classifier": "sequence"}
 
 
@@ -99,17 +96,49 @@ def test_padding_changes_nothing(tmp_path, pad, labelled):
     assert training.relative(padded, plain) < 1e-5
 
 
+def wide_teacher() -> LlamaForCausalLM:
+    """Wider and deeper than `tiny.llama`."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 48, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=tiny.VOCABULARY, num_hidden_layers=3, **sizes)).eval()
+
+
+def composed(folder: str, rows_per_process: int) -> dict:
+    """Trained weights and logs. The whole batch is 2 accumulated x processes x rows_per_process samples."""
+    args = training.arguments(
+        folder,
+        DistillationConfig,
+        alpha=0.7,
+        features=FEATURES,
+        max_steps=4,
+        per_device_train_batch_size=rows_per_process,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        eval_strategy="no",
+        per_device_eval_batch_size=rows_per_process,
+        dataloader_drop_last=True,
+    )
+    trainer = DistillationTrainer(
+        tiny.llama(),
+        wide_teacher(),
+        args,
+        train_dataset=training.rows(samples=32),
+        eval_dataset=training.rows(samples=8),
+        data_collator=training.Pad(),
+        callbacks=[GradualMagnitudePruning(sparsity=0.5, every=1)],
+    )
+    trainer.train()
+    return {
+        "weights": training.weights(trainer.model),
+        "projections": training.weights(trainer.features.projections),
+        "logs": [{k: v for k, v in log.items() if "loss" in k} for log in trainer.state.log_history],
+        "processes": trainer.args.world_size,
+    }
+
+
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    spec = importlib.util.spec_from_file_location("composed_run", HERE / "composed_run.py")
-    composed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(composed)
-    one = composed.run(str(tmp_path), rows_per_process=4)
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, "-m", *launch, str(HERE / "composed_run.py"), str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "result.pt", weights_only=True)
+    one = composed(str(tmp_path), 4)
+    two, _ = processes.together(composed, str(tmp_path), 2)
     assert (one["processes"], two["processes"]) == (1, 2)
     start = training.weights(tiny.llama())
     assert training.relative(two["weights"] - start, one["weights"] - start) < 1e-5

@@ -165,7 +165,7 @@ def test_a_padded_teacher_teaches_as_before(tmp_path, words, fused):
         row["input_ids"] = row["labels"] = row["input_ids"] % 78 + 2
     teacher.lm_head.weight.data[80:] = 0
     padded = resized(tiny.llama(seed=1), words)
-    trainer = make(tmp_path, student, padded, rows=rows, vocabulary="align", fused=fused, alpha=1.0)
+    trainer = make(tmp_path, student, padded, rows=rows, vocabulary="align", fused=fused, alpha=1.0, temperature=2.0)
     batch = training.Pad()(rows)
     with torch.no_grad():
         found = trainer.compute_loss(trainer.model, batch)
