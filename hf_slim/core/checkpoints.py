@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -43,11 +44,19 @@ class Resumes(Trainer):
         own_format = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if own_format or not files or not isinstance(model, PreTrainedModel):
             return False
-        stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        if stored.keys() <= model.state_dict().keys():
+        if _names(files) <= model.state_dict().keys():
             return False
-        load_converted(model, stored)
+        load_converted(model, {name: tensor for file in files for name, tensor in load_file(file).items()})
         return True
+
+
+def _names(files: list[Path]) -> set[str]:
+    """Names of the tensors in safetensors files; no tensor is read."""
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    return names
 
 
 def load_converted(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> None:

@@ -67,13 +67,15 @@ def _zero_stage(trainer: Trainer) -> int:
 
 
 def _partitioned(teacher: Any, trainer: Trainer) -> Any:
-    """A DeepSpeed engine of stage 3 for forward passes alone."""
+    """A DeepSpeed engine of stage 3 for forward passes alone; no test runs it, since DeepSpeed needs GPUs."""
     import deepspeed  # pyright: ignore[reportMissingImports]
 
-    config = copy.deepcopy(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)  # pyright: ignore
-    for of_training in ("optimizer", "scheduler"):
-        config.pop(of_training, None)
+    given = copy.deepcopy(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)  # pyright: ignore
+    for of_training in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
+        given.pop(of_training, None)
     # "auto" is filled in by the Trainer for the model that it trains, and means nothing here
-    zero = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
-    engine, *_ = deepspeed.initialize(model=teacher, config={**config, "zero_optimization": zero})
+    config: dict[str, Any] = {key: value for key, value in given.items() if value != "auto"}
+    config["zero_optimization"] = {k: v for k, v in given["zero_optimization"].items() if v != "auto"}
+    config.setdefault("train_micro_batch_size_per_gpu", trainer.args.per_device_train_batch_size)
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
     return engine.eval()
