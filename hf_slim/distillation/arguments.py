@@ -21,7 +21,7 @@ class DistillationConfig(TrainingArguments):
     Args:
         temperature: T > 0; both models' logits are divided by it. At 1.0 the student learns the
             distribution itself, as language models are used; 2.0 and more, as in DistilBERT and oBERT, weighs what is
-            unlikely, for which a short training of a language model has no time.
+            unlikely more; it gained nothing on the one small language model of `student.py`.
         alpha: share of the distillation loss, from 0 to 1; the labels' cross entropy has the rest. The default 1.0 is
             right when a compressed model is to behave as it did before: the teacher knows more than the label. Use 0.5
             to 0.9 when a smaller student learns a task from labelled data.

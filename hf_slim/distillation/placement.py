@@ -67,7 +67,7 @@ def _zero_stage(trainer: Trainer) -> int:
 
 
 def _partitioned(teacher: Any, trainer: Trainer) -> Any:
-    """A DeepSpeed engine of stage 3 for forward passes alone; no test runs it, since DeepSpeed needs GPUs."""
+    """A DeepSpeed engine of stage 3 for forward passes alone. Nobody has run it."""
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     given = copy.deepcopy(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)  # pyright: ignore
