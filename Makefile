@@ -1,5 +1,6 @@
 # make demo    compress a real model and print what it cost (downloads 93 MB once)
 # make test    run the tests
+# make zero    install DeepSpeed and run the tests that need it
 # make check   ruff and pyright
 # make venv    only install; the others do it themselves
 # make clean   remove .venv and caches
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 # Bytecode is kept, whatever the shell says: tests start many processes, and each would compile Transformers again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check venv clean
+.PHONY: demo test zero check venv clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -27,6 +28,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(addprefix --ignore=,$(WHOLE))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(UNCHECKED) $(WHOLE)
+
+# Its operators are for accelerators, and are left out.
+zero: $(STAMP)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) --no-build-isolation deepspeed
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distillation/test_zero.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

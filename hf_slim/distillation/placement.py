@@ -67,7 +67,7 @@ def _zero_stage(trainer: Trainer) -> int:
 
 
 def _partitioned(teacher: Any, trainer: Trainer) -> Any:
-    """A DeepSpeed engine of stage 3 for forward passes alone. Nobody has run it."""
+    """A DeepSpeed engine of stage 3 for forward passes alone."""
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     given = copy.deepcopy(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)  # pyright: ignore
@@ -78,4 +78,5 @@ def _partitioned(teacher: Any, trainer: Trainer) -> Any:
     config["zero_optimization"] = {k: v for k, v in given["zero_optimization"].items() if v != "auto"}
     config.setdefault("train_micro_batch_size_per_gpu", trainer.args.per_device_train_batch_size)
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
-    return engine.eval()
+    engine.eval()  # which returns nothing
+    return engine

@@ -152,5 +152,6 @@ def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, 
 
 def _accepted(model: nn.Module) -> set[str] | None:
     """Names of inputs that the model's forward takes; None for any."""
-    parameters = signature(model.forward).parameters.values()
+    inside: Any = getattr(model, "module", model)  # DeepSpeed's engine takes anything, and hands it on
+    parameters = signature(inside.forward).parameters.values()
     return None if any(p.kind == Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}

@@ -53,8 +53,9 @@ class DistillationTrainer(Resumes):
     `embedding_loss`, `attention_loss`, `relation_loss`; evaluation reports them, too.
 
     The teacher is frozen in place (eval mode, no gradients), moved to the student's device, and is no part of the
-    optimizer or of checkpoints. Every process holds the whole teacher. Projections of feature losses are trained by the
-    same optimizer (without weight decay or clipping) and are in checkpoints, in a file of their own.
+    optimizer or of checkpoints. Every process holds the whole teacher, or its share of one that is sharded
+    (`placement.py`). Projections of feature losses are trained by the same optimizer (without weight decay or clipping)
+    and are in checkpoints, in a file of their own.
 
     Args:
         model: the student, a PreTrainedModel or a PeftModel around one.
