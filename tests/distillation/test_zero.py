@@ -11,7 +11,6 @@ import os
 import processes
 import pytest
 import tiny
-import torch
 import training
 from accelerate import PartialState
 from accelerate.utils import DistributedType
