@@ -159,18 +159,21 @@ def make_plan(recipe: Recipe, source: ModelSource | None = None) -> Plan:
             if successor is not None:
                 skeleton, current, other = successor.skeleton, dict(successor.layers), successor.other_bytes
             changed = plan_stage(current, stage, skeleton)
+            current |= changed
+            notes += [f"stage {number}, {stage.method}: {note}" for note in _told(stage, current, skeleton)]
         except PlanError as error:
             problems += [f"stage {number}, {stage.method}: {problem}" for problem in error.problems]
-        current |= changed
         stages.append(StagePlan(stage, changed, _memory(stage, current, other), successor))
-        method = find_method(stage.method)
-        if hasattr(method, "notes"):
-            found = method.notes(current, stage.options, skeleton)
-            notes += [f"stage {number}, {stage.method}: {note}" for note in found]
     if problems:
         raise PlanError(problems)
     notes = (*source.notes(), *_notes(stages, recipe.stages), *unseen(skeleton), *notes)
     return Plan(recipe, source, layers, _other_bytes(original), count_weights(original), tuple(stages), notes)
+
+
+def _told(stage: Stage, layers: dict[str, Layer], model: PreTrainedModel) -> list[str]:
+    """What a method has to say about a stage that it can do."""
+    method = find_method(stage.method)
+    return method.notes(layers, stage.options, model) if hasattr(method, "notes") else []
 
 
 def find_successor(layers: dict[str, Layer], stage: Stage, model: PreTrainedModel) -> Successor | None:

@@ -165,6 +165,12 @@ def influences(model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor
     return sums[:-1] / sums[-1]
 
 
+def passes(blocks: int, count: int) -> float:
+    """Runs of the whole model that the greedy search costs, to remove `count` of its blocks."""
+    behind = sum(left * (left + 1) / 2 for left in range(blocks, blocks - count, -1))
+    return behind / blocks + count - 1  # what it is compared with is computed anew for every block that goes
+
+
 def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> dict[str, Layer]:
     """Which blocks go is known only once they have been tried; what cannot be done is known before.
 
@@ -176,8 +182,13 @@ def plan(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> di
 
 
 def notes(layers: dict[str, Layer], config: Config, model: PreTrainedModel) -> list[str]:
-    """What the plan cannot foresee."""
-    return ["which blocks go is known once they have been tried; sizes are predicted with all of them"]
+    """What the plan cannot foresee, and what the search costs."""
+    stack, count = _settle(model, config)
+    found = ["which blocks go is known once they have been tried; sizes are predicted with all of them"]
+    if config.criterion == "kl" and config.keep is None:
+        cost = round(passes(len(stack.blocks), count))
+        found.append(f"criterion: kl runs the model {cost} times on {config.windows} windows; influence, once")
+    return found
 
 
 def apply(model: PreTrainedModel, config: Config, context: Context) -> StageReport:

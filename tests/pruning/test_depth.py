@@ -98,6 +98,17 @@ def test_kept_blocks_are_the_ones_named_and_the_cache_still_works() -> None:
     assert torch.equal(cached, plain)
 
 
+def test_the_plan_says_how_often_the_search_runs_the_model() -> None:
+    model, runs = tiny.llama(layers=5), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *args: runs.append(1))
+    _, note = depth.notes({}, depth.Config(blocks=3), model)
+    hf_slim.compress(model, "prune.depth", data=IDS, blocks=3)
+    assert len(runs) / 5 == depth.passes(5, 3)
+    assert f"runs the model {round(depth.passes(5, 3))} times on 8 windows" in note
+    assert len(depth.notes({}, depth.Config(keep=(0,)), tiny.llama())) == 1
+
+
 def test_share_is_rounded_and_at_least_one() -> None:
     for share, left in ((0.1, 3), (0.5, 2), (0.7, 1)):
         model = tiny.llama(layers=4)
