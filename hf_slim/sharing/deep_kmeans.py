@@ -29,6 +29,10 @@ seeds at 2 bits, one at 3; 1.50 with dense weights):
     3       2.68                     2.46                                2.39
     2       5.43                     4.95                                4.86
 
+A model that has been trained already is better clustered at once, so that its centroids learn all the time: MiniLM's
+90.1 % on SST-2 became, in 200 steps with a table for 4 rows, 88.6 at 2 bits and 82.5 at 1; 89.0 and 85.8 when
+`share.kmeans` came first (each +- 1.2; one seed).
+
 Where we differ: F comes from the smaller of both Gram matrices; λ is set by gradients; the paper fine-tunes all other
 layers instead of the centroids. Weights that are zero are pruned ones: no penalty moves them, and they stay zero.
 """
