@@ -3,12 +3,14 @@
 python scripts/bench_distillation.py loss                # 4096 tokens over 49152 words
 python scripts/bench_distillation.py loss --dtype bfloat16
 python scripts/bench_distillation.py step                # 10 of SmolLM2's layers learn from 30, 2 x 256 tokens
+python scripts/bench_distillation.py step --trl          # and the same by TRL's GKDTrainer, where TRL is installed
 
 `loss`: forward KL of a student's hidden states and head against a teacher's, forward and backward. `naive` is what
 autograd makes of the definition; `unfused` makes both models' logits and chunks what follows; `fused` makes no logits
 of the whole batch. Each runs in a process of its own, in turns; memory is how far the resident peak rises above what
 the models' own tensors and their gradients take. `step`: `DistillationTrainer`'s loss and backward pass against a
-student's forward and backward pass on labels, and a teacher's forward pass, in turns. Times are medians of processor
+student's forward and backward pass on labels, and a teacher's forward pass, in turns; TRL's is what its trainer does
+with the same batch, by forward KL. Times are medians of processor
 time, which other programs on the machine disturb least.
 """
 
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -122,9 +125,10 @@ def compare_steps(args: argparse.Namespace) -> list[dict]:
     def step() -> None:
         trainer.compute_loss(student, {"input_ids": ids, "labels": ids}).backward()
 
-    seconds: dict[str, list[float]] = {"parts": [], "step": []}
+    runs = {"parts": parts, "step": step} | ({"trl": _trl_step(student, teacher, ids)} if args.trl else {})
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(args.rounds + 1):
-        for name, run in (("parts", parts), ("step", step)):
+        for name, run in runs.items():
             start = time.process_time()
             run()
             if round_:  # the first warms up
@@ -132,9 +136,22 @@ def compare_steps(args: argparse.Namespace) -> list[dict]:
             student.zero_grad()
     rows = [{"variant": name, "seconds": median(times)} for name, times in seconds.items()]
     for row in rows:
-        print(f"{row['variant']:6} {row['seconds']:7.2f} s")
-    print(f"ratio  {rows[1]['seconds'] / rows[0]['seconds']:7.3f}")
+        row["ratio"] = row["seconds"] / rows[0]["seconds"]
+        print(f"{row['variant']:6} {row['seconds']:7.2f} s   {row['ratio']:.3f}")
     return rows
+
+
+def _trl_step(student: LlamaForCausalLM, teacher: LlamaForCausalLM, ids: Tensor) -> Callable[[], None]:
+    """What TRL's GKDTrainer does with a batch that is not the student's own: its loss alone needs no whole trainer."""
+    from trl.experimental.gkd import GKDTrainer  # pyright: ignore[reportMissingImports]
+
+    trainer = SimpleNamespace(teacher_model=teacher, beta=0.0, generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    def step() -> None:
+        GKDTrainer.compute_loss(trainer, student, batch).backward()
+
+    return step
 
 
 def _model(layers: int, args: argparse.Namespace) -> LlamaForCausalLM:
@@ -162,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher-layers", type=int, default=30)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", action="store_true", help="step: time TRL's GKDTrainer too")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
