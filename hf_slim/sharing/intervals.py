@@ -128,14 +128,14 @@ def _fit_many(
 ) -> Float[Tensor, "books clusters"]:
     """As `_fit`, for books with more distinct values than clusters."""
     # Centred: gains of values far from zero would be differences of large, nearly equal numbers.
-    centre = x[:, x.shape[1] // 2, None].double()
+    centre = x[:, x.shape[1] // 2, None]
     x = x - centre
     M, S = _prefix_sums(x, h)
     p = _boundaries(x, M, S, clusters, iterations)
     mass, moment = M.gather(1, p).diff(dim=1), S.gather(1, p).diff(dim=1)
     # A cluster without weight takes the value it starts at, which keeps the centroids ascending.
     empty = x.gather(1, p[:, :-1].clamp(max=x.shape[1] - 1))
-    return centre + torch.where(mass > 0, moment / mass, empty).cummax(1).values
+    return centre + torch.where(mass > 0, moment / mass, empty.double()).cummax(1).values
 
 
 def _prefix_sums(
@@ -143,10 +143,10 @@ def _prefix_sums(
 ) -> tuple[Float[Tensor, "books n1"], Float[Tensor, "books n1"]]:
     """M(p) and S(p) for p = 0..n, in float64: their differences must be exact for single values."""
     books, n = x.shape
-    S = x.new_zeros(books, n + 1)
+    S = x.new_zeros(books, n + 1, dtype=torch.float64)
     if h is None:
-        torch.cumsum(x, 1, out=S[:, 1:])
-        return torch.arange(n + 1, dtype=x.dtype, device=x.device).expand(books, -1), S
+        torch.cumsum(x, 1, dtype=torch.float64, out=S[:, 1:])
+        return torch.arange(n + 1, dtype=torch.float64, device=x.device).expand(books, -1), S
     h = h.double()
     total = h.sum(1, keepdim=True)
     h = torch.where(total > 0, (h * (2.0**52 / total)).round_(), 1.0)  # whole numbers: no sum of them is rounded
@@ -236,19 +236,18 @@ def _best_path(
     gain = (s[1:, None] - s[:-1, :, None]).square_().div_(mass)  # [clusters, from, to, books]: books are in a row
     gain.masked_fill_(mass < 0, -math.inf)
 
-    best = [gain[0, 0]]  # best[k][j, b]: largest gain of clusters 0..k that end at candidate j
-    for k in range(1, len(gain) - 1):
-        best.append((best[-1][:, None] + gain[k]).amax(0))
-    path = [candidates[:, -1, :1]]
-    j = torch.zeros_like(path[0]).T
-    # Only states on the path need the argument of their maximum: cheaper than keeping it for all.
-    for k in range(len(gain) - 1, 0, -1):
-        last = gain[k].gather(1, j.expand(shape[2], 1, -1))[:, 0]
-        j = (best[k - 1] + last).max(0, keepdim=True).indices  # `argmax` takes three times as long here
-        path.append(candidates[:, k].gather(1, j.T))
-    path.append(candidates[:, 0, :1])
+    # best[j, b]: largest gain of the clusters so far, the last of them ending at its candidate j.
+    best, came = gain[0, 0], []
+    for k in range(1, len(gain)):
+        best, last = (best[:, None] + gain[k]).max(0)
+        came.append(last)
+    chosen = [torch.zeros_like(best[:1], dtype=torch.long)]  # the ends have one candidate
+    for last in reversed(came):
+        chosen.append(last.gather(0, chosen[-1]))
+    chosen.append(chosen[0])
+    path = candidates.gather(2, torch.cat(chosen[::-1]).T[:, :, None])[:, :, 0]
     # Steps back over values without weight are free: take them out.
-    return torch.cat(path[::-1], 1).cummax(1).values
+    return path.cummax(1).values
 
 
 def _sort(x: Float[Tensor, "books n"]) -> Float[Tensor, "books n"]:
