@@ -3,8 +3,8 @@
 python scripts/bench_hashing.py --model stories260K --train train.txt --held-out valid.txt
 
 The dense rival is cut out of the same model: its blocks have fewer heads and fewer neurons, those of the largest norm,
-until they hold as many weights as the hashed blocks store. Embedding, head and norms are the same in both; both see the
-same windows in the same order.
+until they hold as many weights as the hashed blocks store; with {"blocks": n} there are only n of them, evenly spaced.
+Embedding, head and norms are the same in both; both see the same windows in the same order.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import hf_slim
 from hf_slim.core.data import tokens_from
 from hf_slim.evaluation.perplexity import perplexity
 
+Weights = dict[str, Tensor]
 SLICED = {"q_proj": ("heads", 0), "k_proj": ("groups", 0), "v_proj": ("groups", 0), "o_proj": ("heads", 1)}
 SLICED |= {"gate_proj": ("neurons", 0), "up_proj": ("neurons", 0), "down_proj": ("neurons", 1)}
 
@@ -33,10 +34,12 @@ def body_weights(model: PreTrainedModel) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in wanted))
 
 
-def cut(model: Any, compression: float) -> PreTrainedModel:
+def cut(model: Any, compression: float, blocks: int | None = None) -> PreTrainedModel:
     """A Llama with at most as many weights in its blocks as hashing at that compression stores."""
     config = copy.deepcopy(model.config)
-    layers, width, size = config.num_hidden_layers, config.hidden_size, config.head_dim
+    spread = torch.linspace(0, config.num_hidden_layers - 1, blocks or config.num_hidden_layers).round().long().tolist()
+    config.num_hidden_layers = layers = len(spread)
+    width, size = config.hidden_size, config.head_dim
     each = config.num_attention_heads // config.num_key_value_heads
     budget = body_weights(model) / compression / layers
     group = 2 * width * size * (each + 1)  # a head of keys and values, and the queries and outputs that go with it
@@ -50,23 +53,27 @@ def cut(model: Any, compression: float) -> PreTrainedModel:
     config.num_key_value_heads, config.num_attention_heads, config.intermediate_size = groups, groups * each, neurons
     small = LlamaForCausalLM(config)
     taken = small.state_dict()
-    for number in range(layers):
-        _fill(model, taken, f"model.layers.{number}", groups * each, groups, neurons)
-    for name, tensor in model.state_dict().items():
-        if tensor.shape == taken[name].shape:
-            taken[name] = tensor
+    full = model.state_dict()
+    for number, source in enumerate(spread):
+        block, own = f"model.layers.{number}.", f"model.layers.{source}."
+        _fill(full, taken, (own, block), size, (groups * each, groups, neurons))
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            taken[block + norm] = full[own + norm]
+    taken |= {name: tensor for name, tensor in full.items() if ".layers." not in name}
     small.load_state_dict(taken)
     return small.eval()
 
 
-def _fill(model: Any, taken: dict[str, Tensor], block: str, heads: int, groups: int, neurons: int) -> None:
-    full, size = model.state_dict(), model.config.head_dim
-    mlp = [full[f"{block}.mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")]
+def _fill(full: Weights, taken: Weights, blocks: tuple[str, str], size: int, counts: tuple[int, int, int]) -> None:
+    """Part of one block's matrices as another's: the first heads, and the neurons of largest norm."""
+    heads, groups, neurons = counts
+    source, block = blocks
+    mlp = [full[f"{source}mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")]
     best = (mlp[0].norm(dim=1) * mlp[1].norm(dim=1) * mlp[2].norm(dim=0)).argsort(descending=True)
     index = {"neurons": best[:neurons], "heads": torch.arange(heads * size), "groups": torch.arange(groups * size)}
     for name, (which, axis) in SLICED.items():
-        key = f"{block}.{'mlp' if which == 'neurons' else 'self_attn'}.{name}.weight"
-        taken[key] = full[key].index_select(axis, index[which])
+        key = f"{'mlp' if which == 'neurons' else 'self_attn'}.{name}.weight"
+        taken[block + key] = full[source + key].index_select(axis, index[which])
 
 
 def trained(student: PreTrainedModel, teacher: PreTrainedModel, train: Tensor, options: dict[str, Any]) -> None:
@@ -81,7 +88,7 @@ def main() -> None:
     parser.add_argument("--compressions", type=float, nargs="+", default=[4, 8, 16])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--ways", nargs="+", default=["{}", '{"restore_norm": true}', '{"block": 1}', "cut"])
+    parser.add_argument("--ways", nargs="+", default=["{}", '{"block": 1}', '{"blocks": 5}'])
     arguments = parser.parse_args()
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -93,9 +100,10 @@ def main() -> None:
     for compression in arguments.compressions:
         for rate in arguments.learning_rates:
             for way in arguments.ways:
-                student = cut(teacher, compression) if way == "cut" else copy.deepcopy(teacher)
-                if way != "cut":
-                    hf_slim.compress(student, "share.hashed", compression=compression, **json.loads(way))
+                chosen = json.loads(way)
+                student = cut(teacher, compression, **chosen) if "blocks" in chosen else copy.deepcopy(teacher)
+                if "blocks" not in chosen:
+                    hf_slim.compress(student, "share.hashed", compression=compression, **chosen)
                 before = perplexity(student, held_out).perplexity
                 options = {"steps": arguments.steps, "batch_size": 8, "learning_rate": rate}
                 trained(student, teacher, train, options)
