@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 
 from hf_slim.core.checkpoints import Resumes
 from hf_slim.core.errors import DataError, ModelError, PlanError
+from hf_slim.core.model import ModelSource
 from hf_slim.core.parallel import require_whole_weights
 from hf_slim.distillation import fused, projections
 from hf_slim.distillation.arguments import DistillationConfig, check_teaching, check_trainer_options
@@ -59,7 +60,8 @@ class DistillationTrainer(Resumes):
 
     Args:
         model: the student, a PreTrainedModel or a PeftModel around one.
-        teacher: a model for the same task over the same vocabulary (or classes), of any size; for others see
+        teacher: a model for the same task over the same vocabulary (or classes), of any size, or where it is to be
+            loaded from, as it is stored: a Hub id or folder; for other vocabularies see
             `DistillationConfig.vocabulary`. None with a `teacher_cache`, and with `alpha` 0 and no features, where
             labels alone teach.
         args: a `DistillationConfig`, or `TrainingArguments` for the defaults of distillation.
@@ -79,7 +81,7 @@ class DistillationTrainer(Resumes):
     def __init__(
         self,
         model: Model,
-        teacher: Model | None = None,
+        teacher: Model | str | Path | None = None,
         args: TrainingArguments | None = None,
         *,
         teacher_cache: str | Path | None = None,
@@ -87,6 +89,8 @@ class DistillationTrainer(Resumes):
         **kwargs: Any,
     ):
         args = DistillationConfig() if args is None else args
+        if isinstance(teacher, str | Path):
+            teacher = ModelSource(str(teacher)).load()
         settings = args if isinstance(args, DistillationConfig) else DistillationConfig
         features = read_features(settings.features)
         check_trainer_options(args, kwargs)

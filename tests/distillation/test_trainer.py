@@ -198,6 +198,16 @@ def test_the_teacher_is_frozen_and_kept_out(tmp_path):
         assert set(file.keys()) <= set(student.state_dict())
 
 
+@pytest.mark.parametrize("name", ["llama", "bert_classifier"])
+def test_a_teacher_may_be_named(tmp_path, name):
+    (student, _), (copied, teacher) = pair(name), pair(name)
+    teacher.save_pretrained(tmp_path / "teacher")
+    by_name = make(tmp_path / "a", name, models=(student, str(tmp_path / "teacher"))).train()
+    assert by_name.training_loss == make(tmp_path / "b", name, models=(copied, teacher)).train().training_loss
+    with pytest.raises(ModelError, match="nowhere"):
+        make(tmp_path / "c", name, models=(student, tmp_path / "nowhere"))
+
+
 def test_logs_hold_both_parts_and_they_add_up(tmp_path):
     trainer = make(tmp_path, max_steps=6, logging_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer.eval_dataset = training.rows(samples=7)
