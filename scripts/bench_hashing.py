@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--compressions", type=float, nargs="+", default=[4, 8, 16])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of hashes and of the order of windows")
     parser.add_argument("--ways", nargs="+", default=["{}", '{"block": 1}', '{"blocks": 5}'])
     arguments = parser.parse_args()
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
@@ -103,9 +104,10 @@ def main() -> None:
                 chosen = json.loads(way)
                 student = cut(teacher, compression, **chosen) if "blocks" in chosen else copy.deepcopy(teacher)
                 if "blocks" not in chosen:
-                    hf_slim.compress(student, "share.hashed", compression=compression, **chosen)
+                    seeded = {"hash_seed": arguments.seed, **chosen}
+                    hf_slim.compress(student, "share.hashed", compression=compression, **seeded)
                 before = perplexity(student, held_out).perplexity
-                options = {"steps": arguments.steps, "batch_size": 8, "learning_rate": rate}
+                options = {"steps": arguments.steps, "batch_size": 8, "learning_rate": rate, "seed": arguments.seed}
                 trained(student, teacher, train, options)
                 row = {"compression": compression, "way": way, "rate": rate, "weights": body_weights(student)}
                 row |= {"untrained": round(before, 2), "trained": round(perplexity(student, held_out).perplexity, 3)}

@@ -24,7 +24,7 @@ from hf_slim.core.progress import Progress
 from hf_slim.core.report import LayerReport
 from hf_slim.core.select import Layer, Select, find_layers, select_layers
 from hf_slim.core.swap import encode_layer, get_keep, get_weight
-from hf_slim.encodings import Encoding
+from hf_slim.encodings import Encoding, LowRank
 from hf_slim.encodings.packing import packed_bytes
 from hf_slim.encodings.places import place_layout
 from hf_slim.methods import find_method
@@ -60,9 +60,11 @@ def plan_layers(layers: dict[str, Layer], method: ModuleType, config: MethodConf
     planned: dict[str, Layer] = {}
     for layer in targets(layers, method, config):
         if layer.encoding is not None and not layer.encoding.lossless:
+            codes = "factors: {bits: 8} in share.low_rank stores its factors as codes; else "
             problems.append(
                 f"{layer.name} is already stored as {layer.encoding.describe()}; compressing it again would add "
-                "error without need: start from the dense model, or name it in layers.exclude"
+                f"error without need: {codes if isinstance(layer.encoding, LowRank) else ''}"
+                "start from the dense model, or name it in layers.exclude"
             )
             continue
         found = method.problems(layer, config) if hasattr(method, "problems") else []

@@ -384,3 +384,10 @@ def logits(model) -> torch.Tensor:
 def pad(samples):
     length = min(len(sample["input_ids"]) for sample in samples)
     return {key: torch.stack([sample[key][:length] for sample in samples]) for key in ("input_ids", "labels")}
+
+
+def test_codes_for_factors_are_asked_for_where_they_are_made():
+    model = tiny.llama()
+    hf_slim.compress(model, "share.low_rank", data=DATA, ratio=0.5)
+    with pytest.raises(PlanError, match=r"factors: \{bits: 8\} in share\.low_rank"):
+        hf_slim.compress(model, "quantize.rtn", bits=8)
