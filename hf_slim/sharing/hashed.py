@@ -29,7 +29,7 @@ learning at 16 times for both, the better one shown):
 Longer blocks cost nothing here, and restoring the norm, whose error is larger, does not pay. The rival stays ahead, by
 less the smaller both are: 1.6 times at 4, 1.2 at 16. At 64 times, trained for 800 steps, hashing is ahead, as in the
 paper: blocks of 1 (3540 stored values) come to 23.6 and 24.2 in two seeds, one dense block (3392 weights, all that can
-be made of so few) to 32.1 and 28.4; learning rate 0.01, the best of three on other text, for the dense one and 0.004 for
+be made of so few) to 32.1 and 28.4; learning rate 0.01, the best of three on other text, for the dense one, 0.004 for
 hashing, where 0.008 was better still (20.1 against 23.7). In blocks of 32 it comes to 29.3 (one seed, best of two
 rates): at high compression take `block: 1`. At 16 times a dense cut with as many steps comes to 15.4.
 
