@@ -139,6 +139,7 @@ def train(
     """
     require_whole_weights("training in a recipe")
     data, seen = _training_data(model, options, context)
+    caching = getattr(model.config, "use_cache", None)  # the Trainer turns it off, and it would be saved so
     with _folder(context) as folder, in_dtype(model, torch.float32):
         args = arguments(
             output_dir=str(folder),
@@ -165,6 +166,8 @@ def train(
         model.zero_grad()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
+    if caching is not None:
+        model.config.use_cache = caching
     return {"steps": options.steps, **seen, "first_loss": losses[0], "last_loss": losses[-1]}
 
 

@@ -97,6 +97,8 @@ def check_trainer_options(args: TrainingArguments, options: Mapping[str, Any]) -
             "reentrant gradient checkpointing cuts features off from their gradient; "
             'set gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+    if getattr(args, "features", None) and args.torch_compile:
+        problems.append("features watch layers, which compiled code does not show; set torch_compile=False")
     if problems:
         raise PlanError(problems)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -52,8 +53,8 @@ def row_kernel(divergence: str, beta: float = 0.5, skew: float = 0.1) -> RowKern
         "forward_kl": forward_kl,
         "reverse_kl": reverse_kl,
         "jsd": {0: forward_kl, 1: reverse_kl}.get(beta, lambda log_p, log_q: jsd(log_p, log_q, beta)),
-        "skewed_kl": lambda log_p, log_q: skewed_kl(log_p, log_q, skew),
-        "skewed_reverse_kl": lambda log_p, log_q: skewed_reverse_kl(log_p, log_q, skew),
+        "skewed_kl": partial(skewed_kl, skew=skew) if skew else forward_kl,
+        "skewed_reverse_kl": partial(skewed_reverse_kl, skew=skew) if skew else reverse_kl,
     }
     return kernels[divergence]
 

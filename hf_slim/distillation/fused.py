@@ -104,8 +104,9 @@ class _SumOverHidden(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # scaled out of place: a second backward through a retained graph must find the gradients unscaled
-        scaled = [g if g is None else g * upstream[0][0].to(g.dtype) for g in ctx.gradients]
+        # scaled out of place: a second backward through a retained graph must find the gradients unscaled; by a
+        # number in float32, which leaves their dtype alone: 1 / count in bfloat16 is 0.3 % off
+        scaled = [g if g is None else g * upstream[0][0] for g in ctx.gradients]
         return (*scaled, None, None, None)
 
 

@@ -47,7 +47,7 @@ from hf_slim.distillation.pairs import check_pair, words_of
 from hf_slim.distillation.student import SELF, Student, plan_student, turn_into_student
 from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
-from hf_slim.distillation.vocabulary import Vocabulary
+from hf_slim.distillation.vocabulary import Vocabulary, same_words
 from hf_slim.integration.bitsandbytes import check_installed, make_config
 
 PREVIOUS = "previous"
@@ -233,6 +233,8 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
         _check_pair(model, teacher, config, context)
     if teacher is not None:
         _check_reads(teacher, config, context)
+    if config.own_student is not None:
+        _check_student_words(config.own_student, context)
     if config.student == SELF:
         made = StageReport()
     elif teacher is model:
@@ -306,6 +308,8 @@ def _make_trainer(
     """The trainer of this stage, once the teacher has been asked where its answers are kept."""
     options |= {"model": model, "args": args, "train_dataset": train_dataset, "data_collator": data_collator}
     other = _other_tokenizer(config)
+    if other is None and config.own_student is not None and config.own_teacher is None:
+        other = context.tokenizer  # the student's was found to be the same
     if other is not None and context.tokenizer is not None:
         options |= {"processing_class": context.tokenizer, "teacher_tokenizer": other}
     if config.teacher_cache is None:
@@ -334,6 +338,20 @@ def _check_pair(model: PreTrainedModel, teacher: PreTrainedModel | None, config:
     """Refuse a teacher that cannot teach this student."""
     other = _other_tokenizer(config)
     check_pair(model, teacher, config.vocabulary, (context.tokenizer if other is not None else None, other))
+
+
+def _check_student_words(student: str, context: Context) -> None:
+    """Refuse another model as the student whose tokenizer is not that of the data, which goes into the result."""
+    try:
+        own = ModelSource(student).load_tokenizer()
+    except ModelError:
+        return
+    if context.tokenizer is not None and not same_words(context.tokenizer, own):
+        raise PlanError(
+            f"student: {student!r} has another tokenizer than the model that the recipe names, which reads the data "
+            "and is saved with the result; name the student as the recipe's model, and its teacher with teacher: and "
+            "vocabulary: universal"
+        )
 
 
 def _other_tokenizer(config: Config) -> Any:

@@ -181,9 +181,11 @@ def against_top_k(ids: Int[Tensor, "tokens k"], log_p: Float[Tensor, "tokens k"]
         loss = (p * (kept - log_q.gather(1, words))).masked_fill_(p == 0, 0.0).sum(1)
         nothing = (p_rest == 0) | (log_rest == -torch.inf)  # k may be all words there are
         rest = (p_rest * (p_rest.log() - log_rest)).masked_fill_(nothing, 0.0)
-        share = (p_rest / log_rest.exp()).masked_fill_(nothing, 0.0).unsqueeze(1)
         on_words = log_q.gather(1, words).exp_().sub_(p)
-        gradient = log_q.exp_().mul_(1 - share).scatter_(1, words, on_words)
+        # q (1 - p_rest / q_rest), as a difference of exponentials: q_rest may be too small to divide by
+        of_rest = (log_q - log_rest.unsqueeze(1)).exp_().mul_(p_rest.unsqueeze(1))
+        of_rest.masked_fill_(nothing.unsqueeze(1), 0.0)
+        gradient = log_q.exp_().sub_(of_rest).scatter_(1, words, on_words)
         return (loss + rest) * temperature**2, gradient.mul_(temperature)
 
     return row_loss
@@ -285,4 +287,4 @@ class _SumOverLogits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         # scaled out of place: a second backward through a retained graph must find the gradient unscaled
-        return ctx.gradient * upstream[0][0].to(ctx.gradient.dtype), None, None, None
+        return ctx.gradient * upstream[0][0], None, None, None

@@ -1,9 +1,10 @@
 """On-policy distillation: the student also learns from what it writes itself (GKD, Agarwal et al., arXiv:2306.13649).
 
 A student that is only taught on given text meets, once it generates, beginnings that nobody taught it. Therefore a
-share λ of the batches is replaced: the first half of each row is the prompt, the student goes on from there, and its
-teacher judges every token that it wrote. Words are drawn from the student's own distribution, not sharpened or cut; no
-gradient flows through the drawing. There is no label loss on such batches: the student would learn to repeat itself.
+share λ of the batches is replaced: what stands before the first label that counts, or else the first half of a row, is
+the prompt, the student goes on from there, and its teacher judges every token that it wrote. Words are drawn from the
+student's own distribution, not sharpened or cut; no gradient flows through the drawing. There is no label loss on such
+batches: the student would learn to repeat itself.
 
     input_ids   prompt, generated        labels   -100 ..., generated        [batch, prompt + new], padded on the right
 
@@ -82,7 +83,7 @@ class Generation:
         """
         device, own = device_of(model), model.generation_config
         ids = batch["input_ids"].to(device)
-        prompts, lengths, new = first_halves(ids, real_positions(batch).to(device))
+        prompts, lengths, new = prompts_of(ids, real_positions(batch).to(device), batch.get("labels"))
         ends = torch.tensor([] if own.eos_token_id is None else own.eos_token_id, device=device).view(-1).long()
         pad = own.pad_token_id if own.pad_token_id is not None else 0
         chosen = GenerationConfig(
@@ -97,11 +98,20 @@ class Generation:
         return judged(written, mask != 0, ends, pad)
 
 
-def first_halves(
-    ids: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]
+def prompts_of(
+    ids: Int[Tensor, "batch length"],
+    real: Bool[Tensor, "batch length"],
+    labels: Int[Tensor, "batch length"] | None = None,
 ) -> tuple[Int[Tensor, "batch prompt"], Int[Tensor, " batch"], int]:
-    """The first half of each row, padded on the left as generation wants it; their lengths; the longest second half."""
+    """What the student goes on from, padded on the left as generation wants it; the lengths; the longest rest of a row.
+
+    It is what stands before the first label that counts, or else the first half of a row.
+    """
     lengths = (real.sum(1) // 2).clamp(min=1)
+    if labels is not None:
+        counted = real & (labels.to(real.device) != IGNORED)
+        before = (real & (counted.cumsum(1) == 0)).sum(1)
+        lengths = torch.where((before > 0) & counted.any(1), before, lengths)
     longest = int(lengths.max())
     prompts = ids.new_zeros(len(ids), longest)
     for row, kept, length, prompt in zip(ids, real, lengths.tolist(), prompts, strict=True):

@@ -76,7 +76,8 @@ def check_pair(
         )
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
     problems += _vocabulary_problems(sizes, task, vocabulary, tokenizers)
-    if task == "sequence" and (student.config.num_labels == 1 or student.config.problem_type in _NO_DISTRIBUTION):
+    numbers = any(m.config.num_labels == 1 or m.config.problem_type in _NO_DISTRIBUTION for m in (student, teacher))
+    if task == "sequence" and numbers:
         problems.append("regression and multi-label models cannot be distilled: their outputs are no distribution")
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         problems.append(

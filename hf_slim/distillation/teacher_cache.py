@@ -239,8 +239,17 @@ def check_readable(teacher: Model, found: Scan) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names, dtypes and bytes of all tensors of a model, in hexadecimal."""
+    """SHA-256 of the names, dtypes and bytes of all tensors of a model, in hexadecimal.
+
+    Raises:
+        PlanError: some of them are elsewhere.
+    """
     digest = hashlib.sha256()
+    if any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
+        raise PlanError(
+            "parts of the teacher are offloaded, so that its weights cannot tell it from others; pass name=, its Hub "
+            "id and revision or another name of your choice"
+        )
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

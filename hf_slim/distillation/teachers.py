@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_slim.core.errors import DataError
+from hf_slim.core.forward import accepts
 from hf_slim.distillation import fused
 from hf_slim.distillation.arguments import DistillationConfig
 from hf_slim.distillation.divergences import is_infinite
@@ -72,6 +73,8 @@ class LiveTeacher:
         self.model, self.settings, self.words, self.translator = model, settings, words, translator
         self.features, self.around = features, around
         self._accepts = _accepted(model)
+        # With a cache, Transformers would not see where the texts of a packed batch begin, and would keep all keys.
+        self._cacheless: dict[str, Any] = {"use_cache": False} if accepts(_inside(model), "use_cache") else {}
         self._fused = whole and settings.fused is not False and fused.why_not(model) is None
         self._positions = getattr(model.config, "max_position_embeddings", None)
 
@@ -111,12 +114,13 @@ class LiveTeacher:
     ) -> tuple[tuple[int, ...], Callable[[Tensor], Tensor], Any, Seen | None]:
         """The shape of the logits, a function that gives rows of them, all outputs, and what the inside showed."""
         inputs = {name: value for name, value in batch.items() if self._accepts is None or name in self._accepts}
+        inputs.pop("use_cache", None)
         self._check_length(inputs)
         head = fused.head_of(self.model) if self._fused else None
         swapped = nullcontext() if head is None else fused.replaced(head, lambda hidden: hidden)
         watched = nullcontext() if self.features is None else self.features.watch(self.model, teacher=True)
         with torch.no_grad(), self.around(), swapped, watched as seen:
-            outputs = self.model(**inputs)
+            outputs = self.model(**inputs, **self._cacheless)
         logits = outputs.logits
         if head is None:
             flat = logits.reshape(-1, logits.shape[-1])
@@ -150,8 +154,12 @@ def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, 
     return LiveTeacher(teacher, settings, words=words, translator=translator, **options)
 
 
+def _inside(model: nn.Module) -> Any:
+    """The model itself: DeepSpeed's engine takes anything, and hands it on."""
+    return getattr(model, "module", model)
+
+
 def _accepted(model: nn.Module) -> set[str] | None:
     """Names of inputs that the model's forward takes; None for any."""
-    inside: Any = getattr(model, "module", model)  # DeepSpeed's engine takes anything, and hands it on
-    parameters = signature(inside.forward).parameters.values()
+    parameters = signature(_inside(model).forward).parameters.values()
     return None if any(p.kind == Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}

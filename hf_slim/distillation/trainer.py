@@ -134,6 +134,11 @@ class DistillationTrainer(Resumes):
             )
         if settings.lmbda:
             require_whole_weights("lmbda: a student that writes text")
+        if self._projections and self.lr_scheduler is not None:
+            raise PlanError(
+                "features of models of different widths train projections, which a scheduler made before does not "
+                "know; pass optimizers=(optimizer, None), or none"
+            )
         if self._projections:
             self._projections.to(self.args.device)
             self.add_callback(projections.Gradients(self._projections, self.accelerator))
@@ -144,13 +149,15 @@ class DistillationTrainer(Resumes):
         """Loss of one micro-batch, already scaled for accumulation and for the mean over processes (see `Trainer`)."""
         targets, keep = self._positions(inputs)
         alpha = self.settings.alpha
-        if targets is None and alpha < 1:
+        if targets is None and alpha < 1 and model.training:
             raise DataError(f"alpha={alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
         features = {name: value for name, value in inputs.items() if name not in _NOT_FEATURES}
         if self.task == "seq2seq":
             features = with_decoder_inputs(self.model, features, inputs)
         features |= {"output_attentions": True} if self.features is not None and self.features.maps else {}
         unheard = isinstance(self._teaching, CachedTeacher) and not model.training and ROW not in inputs
+        if targets is None and (unheard or self._teaching is None):
+            raise DataError("without a live teacher evaluation needs labels, but the batch has none; add labels")
         taught = None
         if self._teaching is not None and not unheard:
             taught = self._teaching.teach(features | ({ROW: inputs[ROW]} if ROW in inputs else {}))

@@ -13,8 +13,10 @@ sorted probabilities are, the likeliest with the likeliest, the shorter row fill
     dL/ds = q (g - Σ q g)            g = sign(q - p), at the place that each word of the student has in the order
 
 T keeps the size of the gradient when the temperature changes, as T² does for the other divergences. The text of a row
-is tokenized by both; position i of the one is compared with position i of the other, from the start to the end of the
-shorter. Positions without a counterpart have no loss, but are counted.
+is tokenized by both; word i of the one is compared with word i of the other, from the start to the end of the shorter.
+Special tokens are no words: the teacher reads its own start of text, where it has one, which is compared with the
+student's; places that predict another special token, or hold one, have no counterpart. Positions without a counterpart
+have no loss, but are counted.
 
 Shapes: logits [rows, vocab], of each model its own.
 """
@@ -115,18 +117,25 @@ class Translator:
 
     def __init__(self, student: Any, teacher: Any, positions: int | None = None):
         self.student, self.teacher, self.positions = student, teacher, positions
+        self._special = torch.tensor(student.all_special_ids, dtype=torch.long)
+        made = teacher("")["input_ids"][:1]
+        self._start: list[int] = made if made == [teacher.bos_token_id] else []
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Translated:
         ids = batch["input_ids"]
         real = real_positions(batch)
         plain: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         texts = [self.student.decode(row[kept], **plain) for row, kept in zip(ids, real, strict=True)]
-        rows = [self.teacher(text, add_special_tokens=False)["input_ids"][: self.positions] for text in texts]
+        parts = [self.teacher(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = [(self._start + part)[: self.positions] for part in parts]
         length = max(1, *map(len, rows))
         padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=ids.device)
         sizes = torch.tensor([len(row) for row in rows], device=ids.device).unsqueeze(1)
-        number = real.cumsum(1) - 1
-        has = real & (number < sizes)
+        special = real & torch.isin(ids, self._special.to(ids.device))
+        words = (real & ~special).cumsum(1)
+        number = words - 1 + len(self._start)
+        ends = pad(special[:, 1:], (0, 1))  # what follows is no word
+        has = real & ~ends & (~special | (words == 0)) & (number >= 0) & (number < sizes)
         places = torch.arange(len(rows), device=ids.device).unsqueeze(1) * length + number
         mask = (torch.arange(length, device=ids.device) < sizes).long()
         inputs = {"input_ids": padded, "attention_mask": mask}

@@ -8,7 +8,7 @@ import torch
 import training
 
 from hf_slim.core.errors import PlanError
-from hf_slim.distillation.on_policy import GENERATED, Generation, first_halves, judged
+from hf_slim.distillation.on_policy import GENERATED, Generation, judged, prompts_of
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 
 
@@ -28,9 +28,17 @@ def steps(folder, **options):
     return recorded.steps
 
 
+def test_a_prompt_ends_where_labels_begin():
+    ids, real = torch.arange(8).view(1, 8), torch.ones(1, 8, dtype=torch.bool)
+    prompts, lengths, new = prompts_of(ids, real, torch.where(ids < 6, -100, ids))
+    assert prompts.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert (lengths.tolist(), new) == ([6], 2)
+    assert prompts_of(ids, real, torch.full_like(ids, -100))[1].tolist() == [4]
+
+
 def test_prompts_are_first_halves():
     given = batch(side="left")
-    prompts, lengths, new = first_halves(given["input_ids"], given["attention_mask"] != 0)
+    prompts, lengths, new = prompts_of(given["input_ids"], given["attention_mask"] != 0)
     assert lengths.tolist() == [6, 2, 4, 1]
     assert new == 6
     for row, length, prompt in zip(training.rows(samples=4), lengths.tolist(), prompts, strict=True):

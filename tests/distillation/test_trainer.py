@@ -208,6 +208,16 @@ def test_a_teacher_may_be_named(tmp_path, name):
         make(tmp_path / "c", name, models=(student, tmp_path / "nowhere"))
 
 
+def test_a_teacher_reads_packed_texts_apart(tmp_path):
+    student, teacher = pair()
+    teacher.load_state_dict(student.state_dict())
+    trainer = make(tmp_path, models=(student, teacher), alpha=1.0)
+    ids = torch.arange(12)[None] % 7
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(6).repeat(2)[None]}
+    student.config.use_cache = False  # as the Trainer has it
+    assert trainer.compute_loss(student.eval(), packed).item() < 1e-6
+
+
 def test_logs_hold_both_parts_and_they_add_up(tmp_path):
     trainer = make(tmp_path, max_steps=6, logging_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer.eval_dataset = training.rows(samples=7)

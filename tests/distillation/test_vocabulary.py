@@ -9,7 +9,7 @@ import tiny
 import torch
 import training
 from reference import distillation as reference
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_slim.core.errors import DataError, ModelError, PlanError, RecipeError, SlimError
@@ -153,6 +153,25 @@ def test_translation_finds_the_same_text():
     assert found.places.view(2, 7)[1, 4:6].tolist() == [4, 5]
     short = Translator(student, teacher, positions=2)(batch)
     assert short.inputs["input_ids"].shape == (2, 2)
+
+
+def test_a_start_of_text_is_no_word():
+    plain, started = letters(), letters()
+    for tokenizer in (plain, started):
+        tokenizer.add_special_tokens({"bos_token": "<unk>"})
+    start = started.bos_token_id
+    started.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", start)]
+    )
+    ids = torch.tensor([started("abc de")["input_ids"]])
+    same = Translator(started, started)({"input_ids": ids})
+    assert torch.equal(same.inputs["input_ids"], ids)
+    assert same.places.tolist() == list(range(ids.shape[1]))
+    assert same.has.all()
+    without = Translator(started, plain)({"input_ids": ids})
+    assert torch.equal(without.inputs["input_ids"], ids[:, 1:])
+    assert without.has.tolist() == [False] + [True] * (ids.shape[1] - 1)
+    assert without.places[1:].tolist() == list(range(ids.shape[1] - 1))
 
 
 @pytest.mark.parametrize("fused", [True, False])
