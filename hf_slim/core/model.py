@@ -23,6 +23,7 @@ from hf_slim.core.errors import DataError, ModelError
 from hf_slim.core.experts import unfuse
 from hf_slim.core.imports import check_readable, dense_state, foreign, gguf_loss, lost
 from hf_slim.core.tasks import Task, check_classes, drawn_by, is_new_head, model_class, outside_head
+from hf_slim.integration.bitsandbytes import keep_layout
 from hf_slim.integration.transformers import QUANT_METHOD, SlimConfig, SlimQuantizer
 
 IMPORTED = ("*.safetensors", "*.json")  # what is fetched of a checkpoint that another program has quantized
@@ -141,6 +142,7 @@ class ModelSource:
             )
         if "gguf_file" in where:
             forget_gguf(model)
+        keep_layout(model)
         return model.eval()
 
     def notes(self) -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_slim.core.select import find_stacks
+from hf_slim.integration.bitsandbytes import keep_layout
 
 
 def place(teacher: Any, trainer: Trainer) -> tuple[Any, bool]:
@@ -29,6 +30,7 @@ def place(teacher: Any, trainer: Trainer) -> tuple[Any, bool]:
         teacher: a frozen model in eval mode.
         trainer: that trains the student, with its accelerator.
     """
+    keep_layout(teacher)
     if getattr(teacher, "hf_device_map", None) is not None:
         return teacher, False
     if _is_plain(teacher) and trainer.is_deepspeed_enabled and _zero_stage(trainer) == 3:

@@ -141,7 +141,20 @@ def quantize_in_place(model: PreTrainedModel, config: BitsAndBytesConfig) -> lis
         new.train(old.training)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer  # pyright: ignore
+    keep_layout(model)
     return replaced
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Have 4-bit layers compute from the weights as they are stored, on every processor; others are left alone.
+
+    On one with bfloat16 arithmetic (AVX-512 BF16) bitsandbytes rearranges a 4-bit weight in place when a layer is first
+    evaluated: it fails for rows that are no multiple of 32, rounds the absolute maxima for good, and does not bring all
+    of them back in order when the model is saved.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def stored_weight_bytes(module: nn.Module) -> int:
