@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import cos, gcd, pi
+from math import gcd
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from hf_slim.core.select import find_stacks
 from hf_slim.distillation.feature_kernels import attention_distance, hidden_distance, relation_distance
 from hf_slim.distillation.layer_map import LayerMap, map_problems, pair_layers
 from hf_slim.distillation.pairs import Model
+from hf_slim.distillation.schedules import Schedule, schedule_factor
 from hf_slim.distillation.taps import Role, Seen, relation_problems
 
 _DISTANCES = {
@@ -37,7 +38,6 @@ _DISTANCES = {
     "attention": ("kl", "mse"),
     "relation": ("kl",),
 }
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Feature(BaseModel):
@@ -90,12 +90,6 @@ def read_features(entries: Sequence[Mapping[str, Any]] | None) -> tuple[Feature,
     if problems:
         raise PlanError(problems)
     return tuple(read)
-
-
-def schedule_factor(schedule: Schedule, progress: float) -> float:
-    """Factor of a weight when a share `progress` of the steps is done, 0 to 1."""
-    progress = min(max(progress, 0.0), 1.0)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[schedule]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import hf_slim
 from hf_slim.core.errors import ModelError, PlanError
 from hf_slim.distillation import logits
 from hf_slim.distillation.feature_kernels import attention_distance, hidden_distance, relation_distance
-from hf_slim.distillation.features import Feature, FeatureLosses, read_features, schedule_factor
+from hf_slim.distillation.features import Feature, FeatureLosses, read_features
 from hf_slim.distillation.layer_map import map_problems, pair_layers
+from hf_slim.distillation.schedules import schedule_factor
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 
 ALL = [
