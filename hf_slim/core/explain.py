@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from hf_slim.core.errors import nearest
+from hf_slim.core.errors import PlanError, nearest
 
+Entry = TypeVar("Entry", bound=BaseModel)
 Path = tuple[str | int, ...]
 
 _WHOLE = "expected a whole number, got {got}"
@@ -143,3 +144,26 @@ def shown(value: Any) -> str:
         return "a mapping" if value else "an empty mapping"
     text = repr(value)
     return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def read_entries(
+    model: type[Entry], entries: Sequence[Entry | Mapping[str, Any]] | None, name: str
+) -> tuple[Entry, ...]:
+    """A list of options, each checked against a model.
+
+    Args:
+        name: what the list is called, for errors.
+
+    Raises:
+        PlanError: unknown options or values; all problems at once.
+    """
+    read, problems = [], []
+    for i, entry in enumerate(entries or ()):
+        try:
+            read.append(model.model_validate(entry))
+        except ValidationError as error:
+            for _, about, message in explain(error, model, entry):
+                problems.append(f"{name}[{i}]{''.join(f'.{word}' for word in about)}: {message}")
+    if problems:
+        raise PlanError(problems)
+    return tuple(read)

@@ -55,6 +55,14 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def inputs_of(model: nn.Module) -> set[str] | None:
+    """Names of what the model's forward takes, below adapters and DeepSpeed's engine; None for anything."""
+    inside: Any = getattr(model, "module", model)
+    inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+    parameters = inspect.signature(inside.forward).parameters.values()
+    return None if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+
+
 def run_on(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Any:
     """What the model puts out for token windows, without a cache.
 

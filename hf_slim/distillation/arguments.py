@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -11,6 +10,8 @@ from transformers import TrainingArguments
 from hf_slim.core.errors import PlanError, nearest
 from hf_slim.distillation.divergences import DIVERGENCES, Divergence, divergence_problems
 from hf_slim.distillation.features import read_features
+from hf_slim.distillation.mixture import read_divergences
+from hf_slim.distillation.schedules import Schedule
 from hf_slim.distillation.vocabulary import Vocabulary
 
 
@@ -25,11 +26,15 @@ class DistillationConfig(TrainingArguments):
         alpha: share of the distillation loss, from 0 to 1; the labels' cross entropy has the rest. The default 1.0 is
             right when a compressed model is to behave as it did before: the teacher knows more than the label. Use 0.5
             to 0.9 when a smaller student learns a task from labelled data.
+        alpha_schedule: of alpha: constant, or falling to 0 as a line or a cosine, so that labels take over.
+        temperature_schedule: of the temperature: constant, or falling to 1 likewise (annealed distillation).
         divergence: "forward_kl" (the student covers all that the teacher deems likely; best for perplexity),
             "reverse_kl" (the student concentrates on the teacher's main mode; used for generation), "jsd" (between the
             two, see `beta`), "skewed_kl" and "skewed_reverse_kl" (DistiLLM's, see `skew`).
         beta: of "jsd" alone, the teacher's share of the mixture; 0 is forward KL, 1 is reverse KL, as in TRL.
         skew: of the skewed divergences alone, the share mixed in, at least 0 and below 1.
+        divergences: several of them instead, each a mapping of the options of `mixture.LogitLoss`, such as
+            {"kind": "reverse_kl", "weight": 0.5, "temperature": 1.0, "schedule": "linear"}; alpha weighs their sum.
         features: feature losses, each a mapping of the options of `features.Feature`, such as
             {"kind": "hidden", "weight": 1.0, "distance": "mse", "layers": "uniform", "schedule": "constant"}.
         fused: compute the loss from hidden states, without the logits of the whole batch. None: where the model allows
@@ -40,12 +45,21 @@ class DistillationConfig(TrainingArguments):
     alpha: float = field(
         default=1.0, metadata={"help": "Share of the distillation loss, 0 to 1; the label loss has the rest."}
     )
+    alpha_schedule: Schedule = field(
+        default="constant", metadata={"help": "Of alpha: constant, linear or cosine (falling to 0)."}
+    )
+    temperature_schedule: Schedule = field(
+        default="constant", metadata={"help": "Of the temperature: constant, linear or cosine (falling to 1)."}
+    )
     divergence: Divergence = field(
         default="forward_kl",
         metadata={"help": f"One of {', '.join(DIVERGENCES)}; forward_kl is KL(teacher || student)."},
     )
     beta: float = field(default=0.5, metadata={"help": "jsd: the teacher's share; 0 forward KL, 1 reverse KL."})
     skew: float = field(default=0.1, metadata={"help": "skewed_kl, skewed_reverse_kl: the share mixed in, below 1."})
+    divergences: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Several divergences: kind, weight, schedule, temperature of each."}
+    )
     features: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "Feature losses: kind, weight, distance, layers, schedule of each."}
     )
@@ -72,68 +86,17 @@ class DistillationConfig(TrainingArguments):
             problems.append(
                 f"vocabulary: there is no {self.vocabulary!r}; {nearest(str(self.vocabulary), get_args(Vocabulary))}"
             )
-        try:
-            read_features(self.features)
-        except PlanError as error:
-            problems += error.problems
+        for name in ("alpha_schedule", "temperature_schedule"):
+            if getattr(self, name) not in get_args(Schedule):
+                given = getattr(self, name)
+                problems.append(f"{name}: there is no {given!r}; {nearest(str(given), get_args(Schedule))}")
+        if self.divergences and self.divergence != "forward_kl":
+            problems.append("divergence is one and divergences are several; give one of the two")
+        for read, entries in ((read_divergences, self.divergences), (read_features, self.features)):
+            try:
+                read(entries)
+            except PlanError as error:
+                problems += error.problems
         if problems:
             raise PlanError(problems)
         super().__post_init__()
-
-
-def check_trainer_options(args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    """Refuse what the Trainer would otherwise accept and distillation would ignore."""
-    problems = []
-    if args.label_smoothing_factor != 0:
-        problems.append("label_smoothing_factor has no effect in distillation: the teacher is smooth; set it to 0")
-    if options.get("compute_loss_func") is not None:
-        problems.append("compute_loss_func would be ignored: DistillationTrainer computes the loss; leave it out")
-    if args.use_liger_kernel:
-        problems.append("use_liger_kernel hides the student's logits, which distillation compares; set it to False")
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the newer, and the older
-    checkpointing = next((found for name in names if (found := getattr(args, name, None))), {})
-    if getattr(args, "features", None) and checkpointing.get("use_reentrant"):
-        problems.append(
-            "reentrant gradient checkpointing cuts features off from their gradient; "
-            'set gradient_checkpointing_kwargs={"use_reentrant": False}'
-        )
-    if getattr(args, "features", None) and args.torch_compile:
-        problems.append("features watch layers, which compiled code does not show; set torch_compile=False")
-    if problems:
-        raise PlanError(problems)
-
-
-def check_teaching(settings: Any, task: str, *, live: bool, cached: bool) -> None:
-    """Refuse options that ask for a teacher who is not there, or who cannot do what they ask for.
-
-    Args:
-        settings: a `DistillationConfig`, or its class for the defaults.
-        task: what the student predicts.
-        live: whether there is a teacher in memory.
-        cached: whether there is a cache.
-    """
-    problems = []
-    if settings.lmbda > 0 and task != "causal":
-        problems.append("lmbda has the student write text, which takes a causal language model; set it to 0")
-    if settings.lmbda > 0 and not (live and settings.alpha > 0):
-        problems.append("lmbda has a live teacher judge what the student writes; pass teacher= and alpha above 0")
-    if task == "seq2seq" and (cached or settings.features):
-        problems.append(
-            "an encoder-decoder learns from a live teacher's logits alone; leave features and teacher_cache out"
-        )
-    if cached and live:
-        problems.append("teacher and teacher_cache both teach; give one of them")
-    if cached and settings.alpha == 0:
-        problems.append("alpha=0 uses labels alone, so that teacher_cache would be ignored; leave one of them out")
-    if cached and settings.features:
-        problems.append("features need a live teacher: a cache holds probabilities alone; pass teacher= instead")
-    if cached and (settings.divergence != "forward_kl" or settings.vocabulary == "universal"):
-        problems.append(
-            f"a teacher cache allows forward_kl alone, got divergence={settings.divergence!r} and "
-            f"vocabulary={settings.vocabulary!r}; pass teacher= for others"
-        )
-    if not (live or cached) and (settings.alpha > 0 or settings.features):
-        needs = f"alpha={settings.alpha}" if settings.alpha > 0 else "features"
-        problems.append(f"{needs} needs a teacher, got None; pass one, or set alpha=0 to use labels alone")
-    if problems:
-        raise PlanError(problems)

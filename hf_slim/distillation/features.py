@@ -19,11 +19,11 @@ from math import gcd
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from hf_slim.core.errors import PlanError
-from hf_slim.core.explain import explain
+from hf_slim.core.explain import read_entries
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.select import find_stacks
 from hf_slim.distillation.feature_kernels import attention_distance, hidden_distance, relation_distance
@@ -80,16 +80,7 @@ def read_features(entries: Sequence[Mapping[str, Any]] | None) -> tuple[Feature,
     Raises:
         PlanError: unknown options or values; all problems at once.
     """
-    read, problems = [], []
-    for i, entry in enumerate(entries or ()):
-        try:
-            read.append(Feature.model_validate(entry))
-        except ValidationError as error:
-            for _, about, message in explain(error, Feature, entry):
-                problems.append(f"features[{i}]{''.join(f'.{word}' for word in about)}: {message}")
-    if problems:
-        raise PlanError(problems)
-    return tuple(read)
+    return read_entries(Feature, entries, "features")
 
 
 @dataclass(frozen=True)

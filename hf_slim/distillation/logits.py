@@ -16,8 +16,7 @@ Kernels are in `losses.py`, the loop is `DistillationTrainer`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,12 +38,15 @@ from hf_slim.core.stage import StageList
 from hf_slim.core.training import TrainingOptions, train
 from hf_slim.distillation import adapters, during
 from hf_slim.distillation.adapters import Lora
-from hf_slim.distillation.arguments import check_teaching
+from hf_slim.distillation.checks import check_teaching
 from hf_slim.distillation.cut import StudentOptions
 from hf_slim.distillation.divergences import Divergence
 from hf_slim.distillation.features import Feature
+from hf_slim.distillation.mixture import LogitLoss, uses_labels
 from hf_slim.distillation.pairs import check_pair, words_of
+from hf_slim.distillation.schedules import Schedule
 from hf_slim.distillation.student import SELF, Student, plan_student, turn_into_student
+from hf_slim.distillation.taps import eager_attention
 from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 from hf_slim.distillation.vocabulary import Vocabulary, same_words
@@ -75,7 +77,10 @@ class Config(TrainingOptions):
     alpha: float = Field(
         1.0, ge=0, le=1, description="share of the distillation loss, 0 for none; the labels have the rest"
     )
+    alpha_schedule: Schedule = Field("constant", description="of alpha: constant, or falling to 0 (linear, cosine)")
+    temperature_schedule: Schedule = Field("constant", description="of the temperature, which falls to 1 likewise")
     divergence: Divergence = "forward_kl"
+    divergences: tuple[LogitLoss, ...] = Field((), description="several instead, as [{kind: forward_kl, weight: 0.5}]")
     beta: float = Field(0.5, ge=0, le=1, description="of jsd: the teacher's share; 0 is forward KL, 1 reverse KL")
     skew: float = Field(0.1, ge=0, lt=1, description="of skewed divergences: the share mixed in")
     features: tuple[Feature, ...] = Field((), description="losses on what happens inside, such as [{kind: hidden}]")
@@ -115,6 +120,8 @@ class Config(TrainingOptions):
                 "teacher: previous is in memory already, and teacher_quantization works while a teacher is loaded; "
                 "leave one of them out"
             )
+        if self.divergences and self.model_fields_set & {"divergence", "beta", "skew"}:
+            raise ValueError("divergence, beta and skew are of one divergence, and divergences are several; give one")
         if self.vocabulary == "universal" and self.own_teacher is None:
             raise ValueError("vocabulary: universal is for a teacher with another tokenizer; name one with teacher:")
         cached = self.teacher_cache is not None
@@ -163,7 +170,7 @@ def needs(config: Config) -> tuple[str, ...]:
     """The data and models that it needs with these options."""
     teacher = ("teacher",) if config.teacher else ("original",)
     measured = ("calibration",) if isinstance(config.student, StudentOptions) and config.student.measures else ()
-    return ("train", *measured, *(teacher if config.taught else ()), *(("labels",) if config.alpha < 1 else ()))
+    return ("train", *measured, *(teacher if config.taught else ()), *(("labels",) if uses_labels(config) else ()))
 
 
 def preserves(config: Config) -> tuple[str, ...]:
@@ -274,7 +281,7 @@ def _train(
     """Train against a teacher that is in memory, or one that is asked once; returns what `core.training.train` does."""
     eager = [m for m in (model, teacher) if m is not None and any(f.kind == "attention" for f in config.features)]
     fast = nullcontext() if teacher is None else in_dtype(teacher, fast_dtype(teacher.dtype, teacher.device))
-    with fast, _eager_attention(eager):
+    with fast, eager_attention(eager):
         return train(
             model,
             config,
@@ -283,7 +290,10 @@ def _train(
             partial(_make_trainer, config, context, teacher, callbacks=callbacks),
             temperature=config.temperature,
             alpha=config.alpha,
+            alpha_schedule=config.alpha_schedule,
+            temperature_schedule=config.temperature_schedule,
             divergence=config.divergence,
+            divergences=[loss.model_dump(exclude_unset=True) for loss in config.divergences],
             beta=config.beta,
             skew=config.skew,
             features=[feature.model_dump(exclude_unset=True) for feature in config.features],
@@ -373,19 +383,6 @@ def _check_reads(teacher: PreTrainedModel, config: Config, context: Context) -> 
         check_examples(teacher, examples)
     elif config.vocabulary != "universal":
         check_tokens(teacher, context.tokens("train"), "train data, read by the teacher")
-
-
-@contextmanager
-def _eager_attention(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Inside, the models show their attention maps, which fast attention never makes."""
-    before = [model.config._attn_implementation for model in models]
-    try:
-        for model in models:
-            model.set_attn_implementation("eager")
-        yield
-    finally:
-        for model, implementation in zip(models, before, strict=True):
-            model.set_attn_implementation(implementation)
 
 
 def _check_trainable(model: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
-from hf_slim.distillation.divergences import Divergence, row_kernel
+from hf_slim.distillation.divergences import Divergence, RowKernel, row_kernel
 
 RowLoss: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits [rows, vocab], numbers of the tokens [rows]) -> (loss [rows], gradient [rows, vocab])."""
@@ -137,15 +137,30 @@ def against_teacher(
         temperature: T > 0, divides both logits.
         divergence: a name of `divergences.DIVERGENCES`; `beta` and `skew` as in `divergences.row_kernel`.
     """
-    kernel = row_kernel(divergence, beta, skew)
+    return against_mixture(teacher, [(1.0, temperature, row_kernel(divergence, beta, skew))])
+
+
+def against_mixture(teacher: Callable[[Tensor], Tensor], parts: Sequence[tuple[float, float, RowKernel]]) -> RowLoss:
+    """Row loss Σ_i w_i T_i² D_i(teacher, student); the teacher is asked once for all of them.
+
+    Args:
+        teacher: gives the teacher's logits [rows, vocab] of some tokens [rows], wherever it has them from.
+        parts: weight w, temperature T > 0 and kernel of each divergence, at least one.
+    """
 
     def row_loss(s: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         t = teacher(tokens).to(s.device, s.dtype)
         loss, gradient = s.new_empty(len(s)), torch.empty_like(s)
         for rows in _cached_rows(s):
-            loss[rows], slope = kernel(_log_softmax(t[rows], temperature), _log_softmax(s[rows], temperature))
-            torch.mul(slope, temperature, out=gradient[rows])
-        return loss.mul_(temperature**2), gradient
+            for i, (weight, temperature, kernel) in enumerate(parts):
+                value, slope = kernel(_log_softmax(t[rows], temperature), _log_softmax(s[rows], temperature))
+                if i == 0:
+                    torch.mul(value, weight * temperature**2, out=loss[rows])
+                    torch.mul(slope, weight * temperature, out=gradient[rows])
+                else:
+                    loss[rows].add_(value, alpha=weight * temperature**2)
+                    gradient[rows].add_(slope, alpha=weight * temperature)
+        return loss, gradient
 
     return row_loss
 

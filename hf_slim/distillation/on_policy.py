@@ -34,7 +34,7 @@ from hf_slim.distillation.vocabulary import real_positions
 GENERATED = "generated"
 """What marks a batch that the student has written."""
 
-# what is not said here, generation takes from the model's own generation config
+# what is not said here, generation takes from its own defaults, some of which are not neutral
 _AS_IT_IS: dict[str, Any] = {
     "do_sample": True,
     "num_beams": 1,
@@ -45,6 +45,8 @@ _AS_IT_IS: dict[str, Any] = {
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "return_dict_in_generate": False,
+    "num_return_sequences": 1,
 }
 
 
@@ -82,8 +84,10 @@ class Generation:
             around: makes a context for the forward passes, such as autocast.
         """
         device, own = device_of(model), model.generation_config
-        ids = batch["input_ids"].to(device)
-        prompts, lengths, new = prompts_of(ids, real_positions(batch).to(device), batch.get("labels"))
+        ids, real = batch["input_ids"].to(device), real_positions(batch).to(device)
+        empty = ~real.any(1)
+        real[:, 0] |= empty  # something to write on from; nothing of it counts
+        prompts, lengths, new = prompts_of(ids, real, batch.get("labels"))
         ends = torch.tensor([] if own.eos_token_id is None else own.eos_token_id, device=device).view(-1).long()
         pad = own.pad_token_id if own.pad_token_id is not None else 0
         chosen = GenerationConfig(
@@ -95,7 +99,9 @@ class Generation:
         mask = (torch.arange(prompts.shape[1], device=device) >= prompts.shape[1] - lengths.unsqueeze(1)).long()
         with _writing(model, device, seed_of(self.seed, *place)), around():
             written = model.generate(prompts, attention_mask=mask, generation_config=chosen)
-        return judged(written, mask != 0, ends, pad)
+        made = judged(written, mask != 0, ends, pad)
+        made["labels"][empty] = IGNORED
+        return made
 
 
 def prompts_of(
@@ -147,8 +153,10 @@ def judged(
 
 @contextmanager
 def _writing(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """No gradients, eval mode, random numbers of its own; afterwards everything is as it was."""
+    """No gradients, eval mode, plain generation, random numbers of its own; afterwards everything is as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    inside: Any = getattr(model, "get_base_model", lambda: model)()
+    own, inside.generation_config = inside.generation_config, GenerationConfig()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
@@ -156,6 +164,7 @@ def _writing(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
         try:
             yield
         finally:
+            inside.generation_config = own
             for module, training in modes:
                 module.training = training
 

@@ -25,6 +25,7 @@ _TASKS: dict[Any, Task] = {
     ForSequenceClassificationLoss: "sequence",
 }
 _NO_DISTRIBUTION = ("regression", "multi_label_classification")
+_NUMBERS = "regression and multi-label models cannot be distilled: their outputs are no distribution"
 
 
 def task_of(model: Model) -> Task:
@@ -76,9 +77,8 @@ def check_pair(
         )
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
     problems += _vocabulary_problems(sizes, task, vocabulary, tokenizers)
-    numbers = any(m.config.num_labels == 1 or m.config.problem_type in _NO_DISTRIBUTION for m in (student, teacher))
-    if task == "sequence" and numbers:
-        problems.append("regression and multi-label models cannot be distilled: their outputs are no distribution")
+    if task == "sequence" and any(_predicts_numbers(model) for model in (student, teacher)):
+        problems.append(_NUMBERS)
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         problems.append(
             "teacher and student share weights, so freezing the teacher would freeze the student; "
@@ -86,6 +86,20 @@ def check_pair(
         )
     if problems:
         raise ModelError(problems)
+
+
+def check_student(student: Model) -> None:
+    """Refuse a student whose outputs are no distribution.
+
+    Raises:
+        ModelError: it predicts a number, or several labels at once.
+    """
+    if task_of(student) == "sequence" and _predicts_numbers(student):
+        raise ModelError(_NUMBERS)
+
+
+def _predicts_numbers(model: Model) -> bool:
+    return model.config.num_labels == 1 or model.config.problem_type in _NO_DISTRIBUTION
 
 
 def _vocabulary_problems(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from hf_slim.distillation.pairs import Model
 
@@ -112,3 +114,16 @@ def _share(model: nn.Module, role: Role) -> tuple[float, float]:
     total = queries + 2 * keys
     start, end = {"query": (0, queries), "key": (queries, queries + keys), "value": (queries + keys, total)}[role]
     return start / total, end / total
+
+
+@contextmanager
+def eager_attention(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Inside, the models show their attention maps, which fast attention never makes."""
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_attn_implementation(implementation)

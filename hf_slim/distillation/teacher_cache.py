@@ -38,7 +38,7 @@ from hf_slim.distillation.losses import RowLoss, against_samples, against_top_k,
 from hf_slim.distillation.on_policy import seed_of
 from hf_slim.distillation.pairs import Model, task_of, words_of
 from hf_slim.distillation.sampling import draw, top
-from hf_slim.distillation.teachers import LiveTeacher, Taught
+from hf_slim.distillation.teachers import LiveTeacher, Taught, readable_positions
 from hf_slim.distillation.vocabulary import aligned, real_positions, words_digest
 
 ROW = "teacher_row"
@@ -223,7 +223,7 @@ def check_readable(teacher: Model, found: Scan) -> None:
         DataError: rows longer than it has positions, ids that its embedding does not have; all problems at once.
     """
     problems = []
-    positions, words = (getattr(teacher.config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    positions, words = readable_positions(teacher), getattr(teacher.config, "vocab_size", None)
     if positions is not None and found.longest > positions:
         problems.append(
             f"a row of {found.longest} tokens does not fit the teacher's {positions} positions; use shorter rows, or a "
@@ -303,8 +303,8 @@ class CachedTeacher:
         if data is not None:
             self._check_data(data)
 
-    def teach(self, batch: Mapping[str, Any]) -> Taught:
-        """What the teacher has predicted for a batch.
+    def teach(self, batch: Mapping[str, Any], progress: float = 0.0) -> Taught:
+        """What the teacher has predicted for a batch, whatever the progress.
 
         Raises:
             DataError: the batch holds other tokens than the cache was made of.

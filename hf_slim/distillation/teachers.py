@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_slim.core.errors import DataError
-from hf_slim.core.forward import accepts
+from hf_slim.core.errors import DataError, ModelError
+from hf_slim.core.forward import accepts, inputs_of
 from hf_slim.distillation import fused
 from hf_slim.distillation.arguments import DistillationConfig
-from hf_slim.distillation.divergences import is_infinite
 from hf_slim.distillation.features import FeatureLosses
-from hf_slim.distillation.losses import RowLoss, against_teacher
+from hf_slim.distillation.losses import RowLoss, against_mixture, chunks
+from hf_slim.distillation.mixture import Mixture
 from hf_slim.distillation.pairs import task_of, words_of
 from hf_slim.distillation.taps import Seen
 from hf_slim.distillation.vocabulary import Translator, against_sorted, aligned, over_common
@@ -51,7 +50,7 @@ class LiveTeacher:
 
     Args:
         model: the teacher, in eval mode.
-        settings: which divergence, at which temperature.
+        settings: which divergences, at which temperatures.
         words: size of the student's vocabulary, which logits are brought to; None to leave them as they are.
         translator: tokenizes batches anew, for a teacher with another tokenizer.
         features: what is compared inside.
@@ -70,16 +69,17 @@ class LiveTeacher:
         whole: bool = True,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.model, self.settings, self.words, self.translator = model, settings, words, translator
+        self.model, self.words, self.translator = model, words, translator
+        self.mixture = Mixture(settings)
         self.features, self.around = features, around
-        self._accepts = _accepted(model)
+        self.reads = inputs_of(model)
         # With a cache, Transformers would not see where the texts of a packed batch begin, and would keep all keys.
         self._cacheless: dict[str, Any] = {"use_cache": False} if accepts(_inside(model), "use_cache") else {}
         self._fused = whole and settings.fused is not False and fused.why_not(model) is None
-        self._positions = getattr(model.config, "max_position_embeddings", None)
+        self._positions = readable_positions(model)
 
-    def teach(self, batch: Mapping[str, Any]) -> Taught:
-        """What it predicts for a batch.
+    def teach(self, batch: Mapping[str, Any], progress: float = 0.0) -> Taught:
+        """What it predicts for a batch, when a share `progress` of the steps is done.
 
         Raises:
             DataError: the batch is longer than the teacher has positions.
@@ -87,25 +87,24 @@ class LiveTeacher:
         translated = None if self.translator is None else self.translator(batch)
         inputs = batch if translated is None else translated.inputs
         shape, rows, outputs, seen = self._predict(inputs)
-        chosen = self.settings
         if translated is not None:
             places = translated.places
 
             def counterparts(tokens: Tensor) -> Tensor:
                 return rows(places.to(tokens.device)[tokens])
 
-            loss = against_sorted(counterparts, chosen.temperature, translated.has)
+            loss = against_sorted(counterparts, self.mixture.temperature(progress), translated.has)
             return Taught(loss, None, counterparts)
-        words, beta, skew = shape[-1], chosen.beta, chosen.skew
+        words, parts = shape[-1], self.mixture.parts(progress)
         if self.words is None or self.words == words:
-            loss = against_teacher(rows, chosen.temperature, chosen.divergence, beta=beta, skew=skew)
+            loss = against_mixture(rows, parts)
             return Taught(loss, shape, rows, seen, outputs.get("attentions"))
-        common = self.words if words > self.words or not is_infinite(chosen.divergence, beta, skew) else words
+        common = self.words if words > self.words or not self.mixture.infinite else words
 
         def brought(tokens: Tensor) -> Tensor:
             return aligned(rows(tokens), common)
 
-        loss = against_teacher(brought, chosen.temperature, chosen.divergence, beta=beta, skew=skew)
+        loss = against_mixture(brought, parts)
         loss = loss if common == self.words else over_common(loss, common)
         return Taught(loss, (*shape[:-1], self.words), rows, seen, outputs.get("attentions"))
 
@@ -113,7 +112,7 @@ class LiveTeacher:
         self, batch: Mapping[str, Any]
     ) -> tuple[tuple[int, ...], Callable[[Tensor], Tensor], Any, Seen | None]:
         """The shape of the logits, a function that gives rows of them, all outputs, and what the inside showed."""
-        inputs = {name: value for name, value in batch.items() if self._accepts is None or name in self._accepts}
+        inputs = {name: value for name, value in batch.items() if self.reads is None or name in self.reads}
         inputs.pop("use_cache", None)
         self._check_length(inputs)
         head = fused.head_of(self.model) if self._fused else None
@@ -130,12 +129,21 @@ class LiveTeacher:
         return (*logits.shape[:-1], words), rows, outputs, seen
 
     def _check_length(self, inputs: Mapping[str, Any]) -> None:
-        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        given = [inputs[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in inputs]
+        length = max(given, default=0)
         if self._positions is not None and length > self._positions:
             raise DataError(
                 f"a batch of {length} tokens does not fit the teacher's {self._positions} positions; use shorter "
                 "texts, or a teacher that reads more"
             )
+
+
+def readable_positions(model: Any) -> int | None:
+    """Tokens that a model can read; None for any number. RoBERTa's tables begin behind the padding token's number."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    skipped = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
+    return None if positions is None else positions - skipped
 
 
 def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, Any], **options: Any) -> LiveTeacher:
@@ -150,7 +158,7 @@ def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, 
     words = words_of(student) if task_of(student) in ("causal", "masked", "seq2seq") else None
     translator = None
     if settings.vocabulary == "universal":
-        translator = Translator(*tokenizers, getattr(teacher.config, "max_position_embeddings", None))
+        translator = Translator(*tokenizers, readable_positions(teacher))
     return LiveTeacher(teacher, settings, words=words, translator=translator, **options)
 
 
@@ -159,7 +167,38 @@ def _inside(model: nn.Module) -> Any:
     return getattr(model, "module", model)
 
 
-def _accepted(model: nn.Module) -> set[str] | None:
-    """Names of inputs that the model's forward takes; None for any."""
-    parameters = signature(_inside(model).forward).parameters.values()
-    return None if any(p.kind == Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+def check_shapes(student: tuple[int, ...], taught: Taught | None) -> None:
+    """Refuse a teacher that saw other tokens or predicts over another vocabulary."""
+    if taught is not None and taught.shape is not None and student != taught.shape:
+        raise ModelError(
+            f"the teacher's logits have shape {list(taught.shape)}, the student's {list(student)}; "
+            "both must see the same tokens and predict over the same vocabulary (or classes)"
+        )
+
+
+def check_finite(loss: Tensor, taught: Taught, keep: Tensor, words: int, where: tuple[int, int]) -> None:
+    """Refuse a teacher that predicts NaN or infinity; a student that diverges is the Trainer's business.
+
+    Args:
+        loss: of the whole batch; nothing else is looked at if it is finite.
+        keep: Bool [tokens], of the positions that count.
+        words: size of the student's vocabulary.
+        where: number of the step, and of the rows of the batch.
+
+    Raises:
+        ModelError: names the step and the rows.
+    """
+    if torch.isfinite(loss) or taught.rows is None:
+        return
+    wrong, (step, rows) = [], where
+    for tokens in chunks(keep, words):
+        logits = taught.rows(tokens)
+        # -inf is a probability of zero, and legal unless the whole row is
+        bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
+        wrong.append(tokens[bad.to(tokens.device)])
+    found = sorted({token // (len(keep) // rows) for token in torch.cat(wrong).tolist()})
+    if found:
+        raise ModelError(
+            f"the teacher's logits hold NaN or infinite values at step {step}, rows {found} of the batch; load the "
+            "teacher in bfloat16 or float32, or check that its weights are finite"
+        )

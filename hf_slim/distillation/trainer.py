@@ -1,10 +1,12 @@
 """DistillationTrainer: `transformers.Trainer` whose loss is the divergence from a teacher's predictions.
 
-    loss = (alpha · Σ T² D + (1 - alpha) · Σ cross entropy + Σ_f weight_f · Σ feature_f) / (kept tokens of the batch)
+    loss = (alpha · Σ w T² D + (1 - alpha) · Σ w cross entropy + Σ_f weight_f · Σ w feature_f) / Σ w
 
-The batch is what one optimizer step sees: all accumulated micro-batches on all processes. Dividing sums by that
-one count, instead of averaging the micro-batches' means, is what makes the gradient independent of how the batch is cut
-up and padded. The same function (`losses.positions`) decides what is counted and what is summed.
+over the kept tokens of the batch; all weights w are 1, unless the data have a column `loss_weights` (`batches.py`).
+
+The batch is what one optimizer step sees: all accumulated micro-batches on all processes. Dividing sums by that one
+number, instead of averaging the micro-batches' means, is what makes the gradient independent of how the batch is cut up
+and padded. The same function (`losses.positions`) decides what is counted and what is summed.
 
 Neither model's logits exist for the whole batch where the models allow it and nobody asks for logits (`fused.py`).
 
@@ -25,24 +27,34 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_slim.core.checkpoints import Resumes
-from hf_slim.core.errors import DataError, ModelError, PlanError
+from hf_slim.core.errors import DataError, PlanError
+from hf_slim.core.forward import inputs_of
 from hf_slim.core.model import ModelSource
-from hf_slim.core.parallel import require_whole_weights
 from hf_slim.distillation import fused, projections
-from hf_slim.distillation.arguments import DistillationConfig, check_teaching, check_trainer_options
+from hf_slim.distillation.arguments import DistillationConfig
 from hf_slim.distillation.averages import Average
-from hf_slim.distillation.decoders import with_decoder_inputs, written
+from hf_slim.distillation.batches import (
+    NOT_FEATURES,
+    WEIGHTS,
+    count_of,
+    positions_of,
+    tokens_of,
+    weights_of,
+    weights_through,
+)
+from hf_slim.distillation.checks import check_teaching, check_trainer_options, check_wrapped
+from hf_slim.distillation.decoders import with_decoder_inputs
 from hf_slim.distillation.features import FeatureLosses, read_features
-from hf_slim.distillation.losses import Term, against_labels, chunks, positions, sum_over_logits
+from hf_slim.distillation.losses import Term, against_labels, sum_over_logits
+from hf_slim.distillation.mixture import uses_labels
 from hf_slim.distillation.on_policy import GENERATED, Generation
-from hf_slim.distillation.pairs import Model, check_pair, task_of, words_of
+from hf_slim.distillation.pairs import Model, check_pair, check_student, task_of, words_of
 from hf_slim.distillation.placement import place
+from hf_slim.distillation.schedules import schedule_factor
 from hf_slim.distillation.teacher_cache import ROW, CachedTeacher, WithRows, check_not_empty, hand_rows_through
-from hf_slim.distillation.teachers import LiveTeacher, Taught, make_live
+from hf_slim.distillation.teachers import LiveTeacher, Taught, check_finite, check_shapes, make_live
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "check_pair", "task_of"]
-
-_NOT_FEATURES = ("labels", "shift_labels", ROW, GENERATED)
 
 
 class DistillationTrainer(Resumes):
@@ -51,7 +63,11 @@ class DistillationTrainer(Resumes):
     For causal, masked and encoder-decoder language models, sequence and token classification. A position counts if it
     has a label (causal: the *next* token's label is not -100), or, without labels, if the attention mask is set. Logs
     the parts of the loss, before they are weighed, as `distillation_loss`, `label_loss` and `hidden_loss`,
-    `embedding_loss`, `attention_loss`, `relation_loss`; evaluation reports them, too.
+    `embedding_loss`, `attention_loss`, `relation_loss`; evaluation reports them, too, and weighs them as at the start
+    of every schedule, so that its losses can be compared.
+
+    Data may have a column `loss_weights`, one number a label: how much predicting it counts beside the others. Columns
+    that only the teacher reads (`token_type_ids` for a BERT that teaches a DistilBERT) are handed to it alone.
 
     The teacher is frozen in place (eval mode, no gradients), moved to the student's device, and is no part of the
     optimizer or of checkpoints. Every process holds the whole teacher, or its share of one that is sharded
@@ -80,7 +96,7 @@ class DistillationTrainer(Resumes):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | None = None,
         teacher: Model | str | Path | None = None,
         args: TrainingArguments | None = None,
         *,
@@ -94,18 +110,18 @@ class DistillationTrainer(Resumes):
         settings = args if isinstance(args, DistillationConfig) else DistillationConfig
         features = read_features(settings.features)
         check_trainer_options(args, kwargs)
+        if model is None:
+            raise PlanError("there is no student; pass model=")
         self.settings, self.task = settings, task_of(model)
         check_teaching(settings, self.task, live=teacher is not None, cached=teacher_cache is not None)
         tokenizers = kwargs.get("processing_class"), teacher_tokenizer
+        check_student(model)
         if teacher is not None:
             check_pair(model, teacher, settings.vocabulary, tokenizers)
         check_not_empty(kwargs.get("train_dataset"))
         self.features = FeatureLosses(features, model, teacher, args.seed) if features and teacher is not None else None
         super().__init__(model, args, **kwargs)
-        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
-            raise PlanError(
-                "distillation shifts labels within whole sequences; set context and sequence parallelism to 1"
-            )
+        check_wrapped(self)
         self.can_return_loss = True  # a loss needs no labels here, so evaluation without labels has one, too
         sharded = False
         if teacher is not None:
@@ -114,44 +130,33 @@ class DistillationTrainer(Resumes):
         self._fused = self._may_fuse()
         self._teaching: LiveTeacher | CachedTeacher | None = None
         if teacher is not None:
+            options: dict[str, Any] = {"features": self.features, "whole": not sharded}
             self._teaching = make_live(
-                teacher,
-                model,
-                settings,
-                tokenizers,
-                features=self.features,
-                whole=not sharded,
-                around=self.accelerator.autocast,
+                teacher, model, settings, tokenizers, around=self.accelerator.autocast, **options
             )
         elif teacher_cache is not None:
             self._teaching = self._open_cache(teacher_cache)
         self._generation = Generation(settings.lmbda, settings.max_new_tokens, self.args.seed)
+        self._only_teacher = self._read_by_teacher_alone()
+        self.data_collator = weights_through(self.data_collator)
         self._loss_only = False  # True while an evaluation wants no logits
-        if self._projections and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise PlanError(
-                "features of models of different widths need projections, which FSDP and DeepSpeed do not train; "
-                "use DistributedDataParallel, or compare relations (kind: relation), which need none"
-            )
-        if settings.lmbda:
-            require_whole_weights("lmbda: a student that writes text")
-        if self._projections and self.lr_scheduler is not None:
-            raise PlanError(
-                "features of models of different widths train projections, which a scheduler made before does not "
-                "know; pass optimizers=(optimizer, None), or none"
-            )
-        if self._projections:
-            self._projections.to(self.args.device)
-            self.add_callback(projections.Gradients(self._projections, self.accelerator))
+        self._predicting = False  # True while predictions are wanted, with a loss or without
+        if self.projections:
+            self.projections.to(self.args.device)
+            self.add_callback(projections.Gradients(self.projections, self.accelerator))
         self.current_gradient_accumulation_steps = 1  # the Trainer's; it sets it only once training has begun
         self._parts = {"train": Average(), "eval": Average()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, already scaled for accumulation and for the mean over processes (see `Trainer`)."""
-        targets, keep = self._positions(inputs)
-        alpha = self.settings.alpha
-        if targets is None and alpha < 1 and model.training:
-            raise DataError(f"alpha={alpha} needs labels, but the batch has none; add labels or set alpha=1.0")
-        features = {name: value for name, value in inputs.items() if name not in _NOT_FEATURES}
+        targets, keep = positions_of(inputs, self.task)
+        weights = None if GENERATED in inputs else weights_of(inputs, self.task)
+        progress = self._progress() if model.training else 0.0
+        alpha = self.settings.alpha * schedule_factor(self.settings.alpha_schedule, progress)
+        if targets is None and uses_labels(self.settings) and model.training:
+            what = f"alpha={alpha}" if alpha < 1 else f"alpha_schedule={self.settings.alpha_schedule!r}"
+            raise DataError(f"{what} needs labels, but the batch has none; add labels or keep alpha at 1.0")
+        features = {name: value for name, value in inputs.items() if name not in NOT_FEATURES}
         if self.task == "seq2seq":
             features = with_decoder_inputs(self.model, features, inputs)
         features |= {"output_attentions": True} if self.features is not None and self.features.maps else {}
@@ -159,30 +164,37 @@ class DistillationTrainer(Resumes):
         if targets is None and (unheard or self._teaching is None):
             raise DataError("without a live teacher evaluation needs labels, but the batch has none; add labels")
         taught = None
-        if self._teaching is not None and not unheard:
-            taught = self._teaching.teach(features | ({ROW: inputs[ROW]} if ROW in inputs else {}))
+        needless = model.training and alpha == 0 and self.features is None
+        if self._teaching is not None and not (unheard or needless):
+            rows = {ROW: inputs[ROW]} if ROW in inputs else {}
+            taught = self._teaching.teach(features | rows, progress)
+        features = {name: value for name, value in features.items() if name not in self._only_teacher}
         terms: dict[str, Term] = {}
         if taught is not None:
             terms["distillation_loss"] = (alpha, taught.loss)
-        if targets is not None and GENERATED not in inputs and (alpha < 1 or not model.training):
+        if targets is not None and GENERATED not in inputs and (uses_labels(self.settings) or not model.training):
             terms["label_loss"] = (1.0 if unheard else 1 - alpha, against_labels(targets))
 
         watched = nullcontext() if self.features is None else self.features.watch(self.model, teacher=False)
         logits_wanted = return_outputs and not self._loss_only
         with watched as seen:
-            sums, outputs = self._sums(model, features, keep, list(terms.values()), taught, logits_wanted)
+            sums, outputs = self._sums(model, features, (keep, weights), list(terms.values()), taught, logits_wanted)
         parts = dict(zip(terms, sums[1:].detach(), strict=True))
         total, keep = sums[0], keep.to(sums.device)
         if taught is not None:
-            self._check_finite(parts["distillation_loss"], taught, keep, _tokens(inputs).shape[0])
+            where = (self.state.global_step, tokens_of(inputs).shape[0])
+            check_finite(parts["distillation_loss"], taught, keep, words_of(self.model), where)
         if self.features is not None:
-            inside = self._inside(inputs, keep, seen, taught, outputs)
-            weights = self.features.weights(self.state.global_step / max(1, self.state.max_steps))
-            total = sum((weights[name] * loss for name, loss in inside.items()), total)
+            inside = self._inside(
+                inputs, keep if weights is None else keep * weights.to(keep.device), seen, taught, outputs
+            )
+            shares = self.features.weights(progress)
+            total = sum((shares[name] * loss for name, loss in inside.items()), total)
             parts |= {name: loss.detach() for name, loss in inside.items()}
-        count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=sums.device)
-        scale = (1 if num_items_in_batch is None else self._processes()) / count.clamp(min=1)
-        rows = _tokens(inputs).shape[0]
+        count = count_of(inputs, self.task) if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(count, device=sums.device)
+        scale = (1 if num_items_in_batch is None else self._processes()) / torch.where(count > 0, count, 1)
+        rows = tokens_of(inputs).shape[0]
         self._record({name: loss * scale for name, loss in parts.items()}, training=model.training, rows=rows)
         loss = total * scale
         return (loss, outputs) if return_outputs else loss
@@ -191,10 +203,23 @@ class DistillationTrainer(Resumes):
         """As in `Trainer`, and a batch without labels has a loss as well: the teacher supplies the targets."""
         names, self.label_names = self.label_names, [name for name in self.label_names if name in inputs]
         self._loss_only = prediction_loss_only
+        if not self.label_names and self._predicting and not isinstance(self._teaching, LiveTeacher):
+            self.can_return_loss = False  # nothing to compare with; predictions are there all the same
+            hidden = (*NOT_FEATURES, *self._only_teacher)
+            inputs = {name: value for name, value in inputs.items() if name not in hidden}
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return loss, logits, labels if self.label_names else None
         finally:
-            self.label_names, self._loss_only = names, False
+            self.label_names, self._loss_only, self.can_return_loss = names, False, True
+
+    def predict(self, *args, **kwargs):
+        """As in `Trainer`; without labels and without a live teacher there are predictions, but no loss."""
+        self._predicting = not self.args.prediction_loss_only
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self._predicting = False
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As in `Trainer`, with the parts of the loss among the metrics."""
@@ -214,7 +239,7 @@ class DistillationTrainer(Resumes):
         """As in `Trainer`, and the projections of feature losses are trained with the student."""
         optimizer = super().create_optimizer(model)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        new = [p for p in self._projections.parameters() if id(p) not in trained]
+        new = [p for p in self.projections.parameters() if id(p) not in trained]
         if new:
             optimizer.add_param_group({"params": new, "weight_decay": 0.0})
         return optimizer
@@ -245,18 +270,34 @@ class DistillationTrainer(Resumes):
         return opened
 
     def _set_signature_columns_if_needed(self):
-        """As in `Trainer`; the numbers of rows are no column to be removed."""
+        """As in `Trainer`; numbers of rows, weights and what only the teacher reads are no columns to be removed."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, ROW]))
+        self._signature_columns = list(
+            dict.fromkeys([*self._signature_columns, ROW, WEIGHTS, *sorted(self._only_teacher)])
+        )
+
+    def _read_by_teacher_alone(self) -> set[str]:
+        """Names of inputs that the teacher takes and the student does not; none where both tokenize for themselves."""
+        if not isinstance(self._teaching, LiveTeacher) or self._teaching.translator is not None:
+            return set()
+        return (self._teaching.reads or set()) - (inputs_of(self.model) or self._teaching.reads or set())
+
+    def _progress(self) -> float:
+        """Share of the steps that are done."""
+        return self.state.global_step / max(1, self.state.max_steps)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Kept positions of all micro-batches on all processes.
+        """Kept positions of all micro-batches on all processes, or the sum of their weights.
 
         Not the Trainer's own count, which sees labels alone and shifts them for some causal models and not for others.
         """
         if not batch_samples:
             return None
-        count = torch.stack([self._positions(batch)[1].sum().to(device) for batch in batch_samples]).sum()
+        counts = [
+            (positions_of(batch, self.task)[1].sum() if GENERATED in batch else count_of(batch, self.task)).to(device)
+            for batch in batch_samples
+        ]
+        count = torch.stack(counts).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum() / self.get_tp_size()
         return count
@@ -267,24 +308,8 @@ class DistillationTrainer(Resumes):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
-    def _positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
-        """Targets and kept positions of a batch, flattened; see `losses.positions`."""
-        tokens, mask = _tokens(inputs), inputs.get("attention_mask")
-        if self.task == "seq2seq":
-            tokens, mask = written(inputs), inputs.get("decoder_attention_mask")
-        shape = tokens.shape[: 1 if self.task == "sequence" else 2]
-        labels = inputs.get("shift_labels", inputs.get("labels"))
-        if labels is not None and (labels.shape != shape or labels.is_floating_point()):
-            raise DataError(
-                f"labels must be class indices of shape {list(shape)}, got {labels.dtype} {list(labels.shape)}; "
-                "regression and multi-label targets cannot be distilled"
-            )
-        if mask is not None and mask.shape != shape:  # sequence classification, or a packed [batch, 1, query, key] mask
-            mask = None
-        return positions(shape, labels, mask, shift=self.task == "causal" and "shift_labels" not in inputs)
-
     @property
-    def _projections(self) -> nn.ModuleDict:
+    def projections(self) -> nn.ModuleDict:
         return nn.ModuleDict() if self.features is None else self.features.projections
 
     def _may_fuse(self) -> bool:
@@ -311,57 +336,41 @@ class DistillationTrainer(Resumes):
         self,
         model: nn.Module,
         features: dict[str, Any],
-        keep: Tensor,
+        kept: tuple[Tensor, Tensor | None],
         terms: list[Term],
         taught: Taught | None,
         logits_wanted: bool,
     ) -> tuple[Tensor, Any]:
-        """The weighted total and each part, summed over the kept positions, and what the student put out."""
+        """The weighted total and each part, summed over kept positions by their weights; what the student put out."""
+        keep, weights = kept
         head: Any = fused.head_of(self.model)
         if not self._fused or logits_wanted or not fused.is_plain(head):
             outputs = model(**features)
-            _check_shapes(tuple(outputs.logits.shape), taught)
-            return sum_over_logits(outputs.logits.flatten(0, -2), keep, terms), outputs
+            check_shapes(tuple(outputs.logits.shape), taught)
+            return sum_over_logits(outputs.logits.flatten(0, -2), keep, terms, weights), outputs
 
         def losses(hidden: Tensor) -> Tensor:
             weight = head.weight
-            _check_shapes((*hidden.shape[:-1], weight.shape[0]), taught)
-            return fused.sum_over_hidden(hidden.flatten(0, -2), weight, head.bias, keep, terms)
+            check_shapes((*hidden.shape[:-1], weight.shape[0]), taught)
+            return fused.sum_over_hidden(hidden.flatten(0, -2), weight, head.bias, keep, terms, weights)
 
         with fused.replaced(head, losses):
             outputs = model(**features)
         return outputs.logits, outputs
 
     def _inside(
-        self, inputs: Mapping[str, Any], keep: Tensor, seen: Any, taught: Any, outputs: Any
+        self, inputs: Mapping[str, Any], counts: Tensor, seen: Any, taught: Any, outputs: Any
     ) -> dict[str, Tensor]:
-        """The feature losses, summed over the positions that count; a sequence's class counts as one position."""
-        shape, mask = tuple(_tokens(inputs).shape[:2]), inputs.get("attention_mask")
+        """The feature losses, summed over positions by what each counts; a sequence's class counts as one position."""
+        shape, mask = tuple(tokens_of(inputs).shape[:2]), inputs.get("attention_mask")
         fits = mask is not None and mask.shape == shape
-        real = (mask != 0).to(keep.device) if fits else torch.ones(shape, dtype=torch.bool, device=keep.device)
+        real = (mask != 0).to(counts.device) if fits else torch.ones(shape, dtype=torch.bool, device=counts.device)
         if self.task == "sequence":
-            weights = keep.unsqueeze(1) * real / real.sum(1, keepdim=True).clamp(min=1)
+            weights = counts.unsqueeze(1) * real / real.sum(1, keepdim=True).clamp(min=1)
         else:
-            weights = keep.view(shape).float()
+            weights = counts.view(shape).float()
         maps = (outputs.get("attentions"), taught.maps) if self.features.maps else None  # pyright: ignore[reportOptionalMemberAccess]
         return self.features.sums(seen, taught.seen, weights, real, maps)  # pyright: ignore[reportOptionalMemberAccess]
-
-    def _check_finite(self, loss: Tensor, taught: Taught, keep: Tensor, rows: int) -> None:
-        """Refuse a teacher that predicts NaN or infinity; a student that diverges is the Trainer's business."""
-        if torch.isfinite(loss) or taught.rows is None:
-            return
-        wrong = []
-        for tokens in chunks(keep, words_of(self.model)):
-            logits = taught.rows(tokens)
-            # -inf is a probability of zero, and legal unless the whole row is
-            bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
-            wrong.append(tokens[bad.to(tokens.device)])
-        where = sorted({token // (len(keep) // rows) for token in torch.cat(wrong).tolist()})
-        if where:
-            raise ModelError(
-                f"the teacher's logits hold NaN or infinite values at step {self.state.global_step}, rows {where} of "
-                "the batch; load the teacher in bfloat16 or float32, or check that its weights are finite"
-            )
 
     def _record(self, parts: dict[str, Tensor], *, training: bool, rows: int) -> None:
         """Keep what is to be logged: per optimizer step when training, per row when evaluating, as the Trainer does."""
@@ -373,25 +382,11 @@ class DistillationTrainer(Resumes):
     def _save_optimizer_and_scheduler(self, output_dir):
         """As in `Trainer`, with the projections of feature losses."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._projections and self.args.should_save:
-            projections.save(self._projections, Path(output_dir))
+        if self.projections and self.args.should_save:
+            projections.save(self.projections, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """As in `Trainer`, with the projections of feature losses."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._projections:
-            projections.load(self._projections, Path(checkpoint))
-
-
-def _tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """What a model reads, [batch, length] or [batch, length, width]."""
-    return inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-
-
-def _check_shapes(student: tuple[int, ...], taught: Taught | None) -> None:
-    """Refuse a teacher that saw other tokens or predicts over another vocabulary."""
-    if taught is not None and taught.shape is not None and student != taught.shape:
-        raise ModelError(
-            f"the teacher's logits have shape {list(taught.shape)}, the student's {list(student)}; "
-            "both must see the same tokens and predict over the same vocabulary (or classes)"
-        )
+        if checkpoint is not None and self.projections:
+            projections.load(self.projections, Path(checkpoint))
