@@ -55,12 +55,13 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def inputs_of(model: nn.Module) -> set[str] | None:
-    """Names of what the model's forward takes, below adapters and DeepSpeed's engine; None for anything."""
+def inputs_of(model: nn.Module) -> tuple[set[str], bool]:
+    """Names of what the model's forward takes, below adapters and DeepSpeed's engine, and whether it takes others."""
     inside: Any = getattr(model, "module", model)
     inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
     parameters = inspect.signature(inside.forward).parameters.values()
-    return None if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+    any_other = {p.name for p in parameters if p.kind == inspect.Parameter.VAR_KEYWORD}
+    return {p.name for p in parameters} - any_other, bool(any_other)
 
 
 def run_on(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Any:

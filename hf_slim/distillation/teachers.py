@@ -72,7 +72,7 @@ class LiveTeacher:
         self.model, self.words, self.translator = model, words, translator
         self.mixture = Mixture(settings)
         self.features, self.around = features, around
-        self.reads = inputs_of(model)
+        self.reads, self._takes_others = inputs_of(model)
         # With a cache, Transformers would not see where the texts of a packed batch begin, and would keep all keys.
         self._cacheless: dict[str, Any] = {"use_cache": False} if accepts(_inside(model), "use_cache") else {}
         self._fused = whole and settings.fused is not False and fused.why_not(model) is None
@@ -112,7 +112,7 @@ class LiveTeacher:
         self, batch: Mapping[str, Any]
     ) -> tuple[tuple[int, ...], Callable[[Tensor], Tensor], Any, Seen | None]:
         """The shape of the logits, a function that gives rows of them, all outputs, and what the inside showed."""
-        inputs = {name: value for name, value in batch.items() if self.reads is None or name in self.reads}
+        inputs = {name: value for name, value in batch.items() if self._takes_others or name in self.reads}
         inputs.pop("use_cache", None)
         self._check_length(inputs)
         head = fused.head_of(self.model) if self._fused else None

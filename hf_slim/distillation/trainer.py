@@ -280,7 +280,7 @@ class DistillationTrainer(Resumes):
         """Names of inputs that the teacher takes and the student does not; none where both tokenize for themselves."""
         if not isinstance(self._teaching, LiveTeacher) or self._teaching.translator is not None:
             return set()
-        return (self._teaching.reads or set()) - (inputs_of(self.model) or self._teaching.reads or set())
+        return self._teaching.reads - inputs_of(self.model)[0]
 
     def _progress(self) -> float:
         """Share of the steps that are done."""

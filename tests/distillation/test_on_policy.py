@@ -156,3 +156,30 @@ def test_options_that_cannot_be_honoured_are_refused(tmp_path):
     args = training.arguments(tmp_path, DistillationConfig, lmbda=0.5)
     with pytest.raises(PlanError, match="causal language model"):
         DistillationTrainer(tiny.bert(), tiny.bert(seed=1), args, train_dataset=training.rows("masked"))
+
+
+def test_habits_of_generation_are_left_out_and_come_back():
+    student, given = tiny.llama(), batch()
+    plain = Generation(1.0, 4, 0).write(student, given, (0, 0, 0))
+    own = student.generation_config
+    for name, value in {
+        "return_dict_in_generate": True,
+        "num_return_sequences": 2,
+        "stop_strings": ["a"],
+        "guidance_scale": 2.0,
+        "top_k": 1,
+        "bad_words_ids": [[5]],
+        "prompt_lookup_num_tokens": 2,
+    }.items():
+        setattr(own, name, value)
+    made = Generation(1.0, 4, 0).write(student, given, (0, 0, 0))
+    assert student.generation_config is own
+    assert all(torch.equal(made[name], plain[name]) for name in ("input_ids", "labels"))
+
+
+def test_a_row_of_padding_alone_counts_nothing():
+    given = batch()
+    given["attention_mask"][1] = 0
+    made = Generation(1.0, 4, 0).write(tiny.llama(), given, (0, 0, 0))
+    assert (made["labels"][1] == -100).all()
+    assert (made["labels"][0] != -100).any()
