@@ -43,7 +43,7 @@ from hf_slim.distillation.cut import StudentOptions
 from hf_slim.distillation.divergences import Divergence
 from hf_slim.distillation.features import Feature
 from hf_slim.distillation.mixture import LogitLoss, uses_labels
-from hf_slim.distillation.pairs import check_pair, words_of
+from hf_slim.distillation.pairs import check_pair, check_trainable, words_of
 from hf_slim.distillation.schedules import Schedule
 from hf_slim.distillation.student import SELF, Student, plan_student, turn_into_student
 from hf_slim.distillation.taps import eager_attention
@@ -254,7 +254,7 @@ def apply(model: PreTrainedModel, config: Config, context: Context) -> StageRepo
     chosen: list[Layer] = []
     learning = nullcontext({})
     if config.lora is None:
-        _check_trainable(model)
+        check_trainable(model)
     else:
         layers = find_layers(model)
         chosen = [layers[name] for name in adapters.plan(layers, config.lora, model)]
@@ -383,14 +383,3 @@ def _check_reads(teacher: PreTrainedModel, config: Config, context: Context) -> 
         check_examples(teacher, examples)
     elif config.vocabulary != "universal":
         check_tokens(teacher, context.tokens("train"), "train data, read by the teacher")
-
-
-def _check_trainable(model: PreTrainedModel) -> None:
-    """Refuse a student whose stored tensors cannot learn; the Trainer would do so without a way out."""
-    stored = [layer for layer in find_layers(model).values() if layer.encoding is not None]
-    if stored and not any(layer.encoding.trainable for layer in stored if layer.encoding is not None):
-        raise PlanError(
-            f"the student has no trainable parts: {len(stored)} layers are stored as codes, such as {stored[0].name}; "
-            "distil before quantizing, train adapters beside the codes (lora: {r: 8}), tune scales instead "
-            "(quantize.scales), or share weights (share.kmeans), whose centroids learn"
-        )

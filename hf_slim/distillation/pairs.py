@@ -12,7 +12,8 @@ from transformers.loss.loss_utils import (
     ForTokenClassification,
 )
 
-from hf_slim.core.errors import ModelError
+from hf_slim.core.errors import ModelError, PlanError
+from hf_slim.core.select import find_layers
 from hf_slim.distillation.vocabulary import Vocabulary, same_words
 
 Model: TypeAlias = Any  # a PreTrainedModel, or a PeftModel around one, which is another class
@@ -75,6 +76,8 @@ def check_pair(
             f"the teacher predicts {teacher.config.num_labels} classes, the student {student.config.num_labels}; "
             f"load the student with num_labels={teacher.config.num_labels}"
         )
+    elif task in ("token", "sequence"):
+        problems += _name_problems(student.config.id2label, teacher.config.id2label)
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
     problems += _vocabulary_problems(sizes, task, vocabulary, tokenizers)
     if task == "sequence" and any(_predicts_numbers(model) for model in (student, teacher)):
@@ -89,17 +92,33 @@ def check_pair(
 
 
 def check_student(student: Model) -> None:
-    """Refuse a student whose outputs are no distribution.
+    """Refuse a student whose outputs are no distribution, or that cannot learn.
 
     Raises:
         ModelError: it predicts a number, or several labels at once.
+        PlanError: see `check_trainable`.
     """
     if task_of(student) == "sequence" and _predicts_numbers(student):
         raise ModelError(_NUMBERS)
+    adapters = (name for name, p in student.named_parameters() if p.requires_grad and "lora_" in name)
+    if not hasattr(student, "peft_config") and next(adapters, None) is None:
+        check_trainable(student)
 
 
 def _predicts_numbers(model: Model) -> bool:
     return model.config.num_labels == 1 or model.config.problem_type in _NO_DISTRIBUTION
+
+
+def _name_problems(student: dict[int, str], teacher: dict[int, str]) -> list[str]:
+    """Whether both number the same named classes in another order, so that one would be taught for the other."""
+    if student == teacher or sorted(student.values()) != sorted(teacher.values()):
+        return []
+    found = next(number for number in student if student[number] != teacher.get(number))
+    return [
+        f"teacher and student number the same classes differently: {found} is {teacher.get(found)!r} to the teacher "
+        f"and {student[found]!r} to the student; load the student with id2label=teacher.config.id2label and number the "
+        "labels of the data so"
+    ]
 
 
 def _vocabulary_problems(
@@ -134,3 +153,18 @@ def _vocabulary_problems(
         'tokenizer. If the tokenizers are equal and one table is merely padded, set vocabulary="align"; if they '
         'differ, set vocabulary="universal"'
     ]
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a student whose stored tensors cannot learn; the Trainer would do so without a way out.
+
+    Raises:
+        PlanError: it is stored as codes, and nothing beside them learns.
+    """
+    stored = [layer for layer in find_layers(model).values() if layer.encoding is not None]
+    if stored and not any(layer.encoding.trainable for layer in stored if layer.encoding is not None):
+        raise PlanError(
+            f"the student has no trainable parts: {len(stored)} layers are stored as codes, such as {stored[0].name}; "
+            "distil before quantizing, train adapters beside the codes (lora: {r: 8}), tune scales instead "
+            "(quantize.scales), or share weights (share.kmeans), whose centroids learn"
+        )

@@ -18,9 +18,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+import hf_slim
 from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.distillation.batches import WEIGHTS, weights_through
-from hf_slim.distillation.pairs import check_student
+from hf_slim.distillation.pairs import check_pair, check_student
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 
 FEATURES = [{"kind": "hidden", "weight": 0.1}]
@@ -196,6 +197,23 @@ def test_a_student_that_predicts_a_number_is_refused_without_a_teacher_too():
     student.config.num_labels = 1
     with pytest.raises(ModelError, match="regression and multi-label"):
         check_student(student)
+
+
+def test_classes_in_another_order_are_refused():
+    student, teacher = classifiers()
+    student.config.id2label, teacher.config.id2label = {0: "no", 1: "yes", 2: "?"}, {0: "yes", 1: "no", 2: "?"}
+    with pytest.raises(ModelError, match="0 is 'yes' to the teacher and 'no' to the student"):
+        check_pair(student, teacher)
+    student.config.id2label = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    check_pair(student, teacher)
+
+
+def test_a_student_of_codes_alone_is_refused_in_a_script(tmp_path):
+    student = tiny.llama()
+    hf_slim.compress(student, "quantize.rtn", group_size=8)
+    args = training.arguments(tmp_path, DistillationConfig)
+    with pytest.raises(PlanError, match=r"the student has no trainable parts: .* layers are stored as codes"):
+        DistillationTrainer(student, tiny.llama(seed=1), args, train_dataset=training.rows())
 
 
 def test_a_teacher_that_counts_positions_from_its_padding_token_is_asked_for_no_more(tmp_path):
