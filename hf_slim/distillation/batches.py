@@ -12,13 +12,11 @@ from torch.nn.functional import pad
 
 from hf_slim.core.errors import DataError
 from hf_slim.distillation.decoders import written
-from hf_slim.distillation.losses import positions
+from hf_slim.distillation.losses import WEIGHTS, positions
 from hf_slim.distillation.on_policy import GENERATED
 from hf_slim.distillation.teacher_cache import ROW
 from hf_slim.distillation.vocabulary import real_positions
 
-WEIGHTS = "loss_weights"
-"""Column of weights, one a label: how much predicting it counts beside the others."""
 NOT_FEATURES = ("labels", "shift_labels", ROW, GENERATED, WEIGHTS)
 """What a batch holds for the trainer alone."""
 

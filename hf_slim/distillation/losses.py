@@ -38,6 +38,8 @@ Term: TypeAlias = tuple[float, RowLoss]
 """A loss and its weight in the total."""
 
 IGNORED = -100  # the label that transformers and torch give to a position without a target
+WEIGHTS = "loss_weights"
+"""Column of weights, one a label: how much predicting it counts beside the others."""
 
 # 2**23 fp32 numbers (32 MiB) a temporary: large enough to keep the cores busy, small beside any batch of logits
 _CHUNK_ELEMENTS = 2**23

@@ -34,7 +34,7 @@ from hf_slim.core.method import MethodConfig
 from hf_slim.core.parallel import is_main, processes, wait_for_all
 from hf_slim.distillation.cache_files import CacheKey, Targets, TeacherCache, claim, is_whole, write_shard
 from hf_slim.distillation.cache_records import pack_draws, pack_ids, tail_of
-from hf_slim.distillation.losses import RowLoss, against_samples, against_top_k, chunks
+from hf_slim.distillation.losses import WEIGHTS, RowLoss, against_samples, against_top_k, chunks
 from hf_slim.distillation.on_policy import seed_of
 from hf_slim.distillation.pairs import Model, task_of, words_of
 from hf_slim.distillation.sampling import draw, top
@@ -346,7 +346,8 @@ def _ask(
     live: LiveTeacher, data: Any, rows: Sequence[int], key: CacheKey, checks: list[int], collate: Callable[..., Any]
 ) -> Iterator[dict[str, Tensor]]:
     """Records of some rows, one a row."""
-    inputs = dict(collate([data[row] for row in rows]))
+    items = [{name: value for name, value in data[row].items() if name != WEIGHTS} for row in rows]
+    inputs = dict(collate(items))
     real = real_positions(inputs)
     for row, ids, kept in zip(rows, inputs["input_ids"], real, strict=True):
         if check_sum(ids[kept]) != checks[row]:

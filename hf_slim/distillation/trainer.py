@@ -35,7 +35,6 @@ from hf_slim.distillation.arguments import DistillationConfig
 from hf_slim.distillation.averages import Average
 from hf_slim.distillation.batches import (
     NOT_FEATURES,
-    WEIGHTS,
     count_of,
     positions_of,
     tokens_of,
@@ -45,7 +44,7 @@ from hf_slim.distillation.batches import (
 from hf_slim.distillation.checks import check_teaching, check_trainer_options, check_wrapped
 from hf_slim.distillation.decoders import with_decoder_inputs
 from hf_slim.distillation.features import FeatureLosses, read_features
-from hf_slim.distillation.losses import Term, against_labels, sum_over_logits
+from hf_slim.distillation.losses import WEIGHTS, Term, against_labels, sum_over_logits
 from hf_slim.distillation.mixture import uses_labels
 from hf_slim.distillation.on_policy import GENERATED, Generation
 from hf_slim.distillation.pairs import Model, check_pair, check_student, task_of, words_of
@@ -121,6 +120,7 @@ class DistillationTrainer(Resumes):
         check_not_empty(kwargs.get("train_dataset"))
         self.features = FeatureLosses(features, model, teacher, args.seed) if features and teacher is not None else None
         super().__init__(model, args, **kwargs)
+        self.data_collator = weights_through(self.data_collator)
         check_wrapped(self)
         self.can_return_loss = True  # a loss needs no labels here, so evaluation without labels has one, too
         sharded = False
@@ -138,7 +138,6 @@ class DistillationTrainer(Resumes):
             self._teaching = self._open_cache(teacher_cache)
         self._generation = Generation(settings.lmbda, settings.max_new_tokens, self.args.seed)
         self._only_teacher = self._read_by_teacher_alone()
-        self.data_collator = weights_through(self.data_collator)
         self._loss_only = False  # True while an evaluation wants no logits
         self._predicting = False  # True while predictions are wanted, with a loss or without
         if self.projections:

@@ -20,8 +20,10 @@ from transformers import (
 
 import hf_slim
 from hf_slim.core.errors import DataError, ModelError, PlanError
-from hf_slim.distillation.batches import WEIGHTS, weights_through
+from hf_slim.distillation.batches import weights_through
+from hf_slim.distillation.losses import WEIGHTS
 from hf_slim.distillation.pairs import check_pair, check_student
+from hf_slim.distillation.teacher_cache import CacheOptions, write_cache
 from hf_slim.distillation.trainer import DistillationConfig, DistillationTrainer
 
 FEATURES = [{"kind": "hidden", "weight": 0.1}]
@@ -101,6 +103,27 @@ def test_collators_of_transformers_put_weights_where_tokens_go(side):
     assert batch[WEIGHTS][1].tolist() == ([0, 0, 3] if side == "left" else [3, 0, 0])
     with pytest.raises(DataError, match="give each token one"):
         collate([{"input_ids": [5, 6], WEIGHTS: [0.5]}])
+
+
+def test_a_cached_teacher_weighs_tokens_as_a_live_one_does(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token_id = 0
+    data = [{name: value.tolist() for name, value in row.items() if name != "labels"} for row in rows(uneven)]
+    write_cache(
+        tmp_path / "cache",
+        tiny.llama(seed=1),
+        data,
+        CacheOptions(k=tiny.VOCABULARY, precision="float32"),
+        collate=DataCollatorWithPadding(tokenizer),
+    )
+    found = []
+    for teaching in ({"teacher": tiny.llama(seed=1)}, {"teacher_cache": tmp_path / "cache"}):
+        recorded = training.Gradients()
+        args = training.arguments(tmp_path / "out", DistillationConfig, max_steps=1)
+        collate = {"data_collator": DataCollatorWithPadding(tokenizer), "train_dataset": data}
+        DistillationTrainer(tiny.llama(), args=args, callbacks=[recorded], **teaching, **collate).train()
+        found.append(recorded.steps[0])
+    assert training.relative(found[1], found[0]) < 1e-4
 
 
 def test_wrong_weights_are_refused(tmp_path):
