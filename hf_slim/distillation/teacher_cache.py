@@ -15,10 +15,8 @@ their number, so that data may be shuffled, cut into batches and padded in any w
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +30,14 @@ from hf_slim.core.errors import DataError, ModelError, PlanError
 from hf_slim.core.forward import device_of, evaluating
 from hf_slim.core.method import MethodConfig
 from hf_slim.core.parallel import is_main, processes, wait_for_all
+from hf_slim.distillation.cache_data import check_readable, check_sum, require_rows, scan, tokens_of
 from hf_slim.distillation.cache_files import CacheKey, Targets, TeacherCache, claim, is_whole, write_shard
 from hf_slim.distillation.cache_records import pack_draws, pack_ids, tail_of
 from hf_slim.distillation.losses import WEIGHTS, RowLoss, against_samples, against_top_k, chunks
 from hf_slim.distillation.on_policy import seed_of
 from hf_slim.distillation.pairs import Model, task_of, words_of
 from hf_slim.distillation.sampling import draw, top
-from hf_slim.distillation.teachers import LiveTeacher, Taught, readable_positions
+from hf_slim.distillation.teachers import LiveTeacher, Taught
 from hf_slim.distillation.vocabulary import aligned, real_positions, words_digest
 
 ROW = "teacher_row"
@@ -163,81 +162,6 @@ def write_cache(
     return TeacherCache(folder)
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What a look at every row of a data set has found.
-
-    Args:
-        fingerprint: SHA-256 of all tokens and where rows end, in hexadecimal.
-        checks: check sum of each row's tokens.
-        longest: tokens of the longest row.
-        lowest: the smallest token id.
-        highest: the largest one.
-    """
-
-    fingerprint: str
-    checks: list[int]
-    longest: int
-    lowest: int
-    highest: int
-
-
-def scan(data: Any) -> Scan:
-    """Look at every row.
-
-    Raises:
-        DataError: it has no length, is empty, or its rows have no token ids.
-    """
-    require_rows(data)
-    digest, checks, longest, lowest, highest = hashlib.sha256(), [], 0, 0, 0
-    for number in range(len(data)):
-        tokens = _tokens_of(data[number], number)
-        checks.append(check_sum(tokens))
-        digest.update(len(tokens).to_bytes(8, "little") + checks[-1].to_bytes(4, "little"))
-        digest.update(tokens.numpy().astype("<i8").tobytes())
-        longest = max(longest, len(tokens))
-        lowest, highest = min(lowest, int(tokens.min())), max(highest, int(tokens.max()))
-    return Scan(digest.hexdigest(), checks, longest, lowest, highest)
-
-
-def require_rows(data: Any) -> None:
-    """Raises DataError unless data has rows that can be addressed by their number."""
-    if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise DataError(
-            f"a teacher cache addresses rows by their number, and {type(data).__name__} has none; give a data set "
-            "with a length, not a stream"
-        )
-    check_not_empty(data)
-
-
-def check_not_empty(data: Any) -> None:
-    """Raises DataError if data is known to have no rows."""
-    if hasattr(data, "__len__") and len(data) == 0:
-        raise DataError("the data set is empty; give at least one row")
-
-
-def check_readable(teacher: Model, found: Scan) -> None:
-    """Refuse data that a teacher cannot read.
-
-    Raises:
-        DataError: rows longer than it has positions, ids that its embedding does not have; all problems at once.
-    """
-    problems = []
-    positions, words = readable_positions(teacher), getattr(teacher.config, "vocab_size", None)
-    if positions is not None and found.longest > positions:
-        problems.append(
-            f"a row of {found.longest} tokens does not fit the teacher's {positions} positions; use shorter rows, or a "
-            "teacher that reads more"
-        )
-    if words is not None and not 0 <= found.lowest <= found.highest < words:
-        problems.append(
-            f"token ids run from {found.lowest} to {found.highest}, but the teacher knows 0 to {words - 1}; tokenize "
-            "the data with its own tokenizer"
-        )
-    if problems:
-        raise DataError(problems)
-
-
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the names, dtypes and bytes of all tensors of a model, in hexadecimal.
 
@@ -255,11 +179,6 @@ def weights_digest(model: nn.Module) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_sum(tokens: Tensor) -> int:
-    """Of a row's tokens, below 2**32."""
-    return zlib.crc32(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
 
 
 class CachedTeacher:
@@ -338,7 +257,7 @@ class CachedTeacher:
             )
         few = sorted({0, len(data) // 2, len(data) - 1})
         for row, check in zip(few, self.cache.read(few).checks, strict=True):
-            if check_sum(_tokens_of(data[row], row)) != check:
+            if check_sum(tokens_of(data[row], row)) != check:
                 raise DataError(_other_tokens(self.cache.folder, row))
 
 
@@ -390,15 +309,6 @@ def _record(logits_of: Callable[[Tensor], Tensor], positions: Tensor, row: int, 
 
 def _joined(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([record[name] for record in records]) for name in records[0]}
-
-
-def _tokens_of(item: Any, number: int) -> Tensor:
-    """The real tokens of an item of a data set."""
-    ids = item.get("input_ids") if isinstance(item, Mapping) else None
-    if ids is None or len(ids) == 0:
-        raise DataError(f"row {number} of the data set has no input_ids; tokenize the data first")
-    row = {name: torch.as_tensor(item[name]).unsqueeze(0) for name in ("input_ids", "attention_mask") if name in item}
-    return row["input_ids"][real_positions(row)]
 
 
 def _other_tokens(folder: Path, row: int) -> str:

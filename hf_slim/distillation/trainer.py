@@ -41,6 +41,7 @@ from hf_slim.distillation.batches import (
     weights_of,
     weights_through,
 )
+from hf_slim.distillation.cache_data import check_not_empty
 from hf_slim.distillation.checks import check_teaching, check_trainer_options, check_wrapped
 from hf_slim.distillation.decoders import with_decoder_inputs
 from hf_slim.distillation.features import FeatureLosses, read_features
@@ -50,7 +51,7 @@ from hf_slim.distillation.on_policy import GENERATED, Generation
 from hf_slim.distillation.pairs import Model, check_pair, check_student, task_of, words_of
 from hf_slim.distillation.placement import place
 from hf_slim.distillation.schedules import schedule_factor
-from hf_slim.distillation.teacher_cache import ROW, CachedTeacher, WithRows, check_not_empty, hand_rows_through
+from hf_slim.distillation.teacher_cache import ROW, CachedTeacher, WithRows, hand_rows_through
 from hf_slim.distillation.teachers import LiveTeacher, Taught, check_finite, check_shapes, make_live
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "check_pair", "task_of"]
