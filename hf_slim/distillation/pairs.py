@@ -100,8 +100,7 @@ def check_student(student: Model) -> None:
     """
     if task_of(student) == "sequence" and _predicts_numbers(student):
         raise ModelError(_NUMBERS)
-    adapters = (name for name, p in student.named_parameters() if p.requires_grad and "lora_" in name)
-    if not hasattr(student, "peft_config") and next(adapters, None) is None:
+    if getattr(student, "is_quantized", False) and not hasattr(student, "peft_config"):
         check_trainable(student)
 
 
