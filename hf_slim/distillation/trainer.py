@@ -310,6 +310,7 @@ class DistillationTrainer(Resumes):
 
     @property
     def projections(self) -> nn.ModuleDict:
+        """What maps the student's widths to the teacher's in feature losses; empty where nothing has to."""
         return nn.ModuleDict() if self.features is None else self.features.projections
 
     def _may_fuse(self) -> bool:

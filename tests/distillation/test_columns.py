@@ -81,6 +81,12 @@ def test_weights_survive_accumulation(tmp_path):
     assert training.relative(parts, whole) < 1e-5
 
 
+def test_batches_that_the_student_writes_weigh_one_a_token(tmp_path):
+    options = {"lmbda": 0.5, "alpha": 1.0, "max_steps": 3, "max_new_tokens": 3}
+    half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert torch.isfinite(gradient(tmp_path, rows(uneven), **options, **half)).all()
+
+
 def test_a_weighted_loss_is_a_weighted_mean(tmp_path):
     trainer, inputs = make(tmp_path, rows(uneven), alpha=0.0), pad(rows(uneven))
     with torch.no_grad():
