@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -57,11 +58,11 @@ class DistillationConfig(TrainingArguments):
     )
     beta: float = field(default=0.5, metadata={"help": "jsd: the teacher's share; 0 forward KL, 1 reverse KL."})
     skew: float = field(default=0.1, metadata={"help": "skewed_kl, skewed_reverse_kl: the share mixed in, below 1."})
-    divergences: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Several divergences: kind, weight, schedule, temperature of each."}
+    divergences: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "Several divergences, as JSON: kind, weight, schedule, temperature of each."}
     )
-    features: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Feature losses: kind, weight, distance, layers, schedule of each."}
+    features: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "Feature losses, as JSON: kind, weight, distance, layers, schedule of each."}
     )
     fused: bool | None = field(
         default=None, metadata={"help": "Loss from hidden states, never all logits; where possible if not given."}
@@ -92,11 +93,26 @@ class DistillationConfig(TrainingArguments):
                 problems.append(f"{name}: there is no {given!r}; {nearest(str(given), get_args(Schedule))}")
         if self.divergences and self.divergence != "forward_kl":
             problems.append("divergence is one and divergences are several; give one of the two")
-        for read, entries in ((read_divergences, self.divergences), (read_features, self.features)):
+        for name, read in (("divergences", read_divergences), ("features", read_features)):
             try:
-                read(entries)
+                setattr(self, name, _list_of(name, getattr(self, name)))
+                read(getattr(self, name))
             except PlanError as error:
                 problems += error.problems
         if problems:
             raise PlanError(problems)
         super().__post_init__()
+
+
+def _list_of(name: str, given: Any) -> Any:
+    """A list of options, which on a command line is given as JSON.
+
+    Raises:
+        PlanError: text that is none.
+    """
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{name} is not valid JSON ({error}); write a list, as '[{{\"kind\": ...}}]'") from error

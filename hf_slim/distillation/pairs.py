@@ -154,7 +154,7 @@ def _vocabulary_problems(
     ]
 
 
-def check_trainable(model: PreTrainedModel) -> None:
+def check_trainable(model: Model) -> None:
     """Refuse a student whose stored tensors cannot learn; the Trainer would do so without a way out.
 
     Raises:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
 import training
 from torch.testing import assert_close
+from transformers import HfArgumentParser
 
 from hf_slim.core.errors import PlanError, RecipeError
 from hf_slim.core.stage import make_stage
@@ -93,6 +96,7 @@ def test_evaluation_weighs_as_at_the_start(tmp_path):
 
 def test_a_teacher_whom_nobody_listens_to_any_more_is_not_asked(tmp_path):
     trainer = make(tmp_path, alpha_schedule="linear")
+    assert trainer.teacher is not None
     trainer.teacher.forward = None
     assert loss_at(trainer, 10) == pytest.approx(expected_labels(trainer), rel=1e-5)
 
@@ -115,6 +119,16 @@ def expected_labels(trainer):
 def test_mistakes_are_named(options, message):
     with pytest.raises(PlanError, match=message):
         DistillationConfig(**options)
+
+
+def test_a_command_line_gives_lists_as_json():
+    actions = HfArgumentParser(DistillationConfig)._option_string_actions
+    assert actions["--divergences"].type is actions["--features"].type is str
+    args = DistillationConfig(divergences=json.dumps(TWO), features='[{"kind": "hidden"}]')
+    assert args.divergences == TWO
+    assert args.features == [{"kind": "hidden"}]
+    with pytest.raises(PlanError, match="features is not valid JSON"):
+        DistillationConfig(features="[{kind: hidden}]")
 
 
 def test_a_schedule_that_does_not_exist_is_named():
