@@ -44,6 +44,11 @@ class MethodConfig(BaseModel):
         options = self._overrides_for(layer)
         return type(self).model_validate(self._with(options)) if options else self
 
+    def changed(self) -> set[str]:
+        """Names of the options that are not at their defaults. Not `model_fields_set`: a report names every option, and
+        has to be read as the recipe that it is of."""
+        return {name for name, known in type(self).model_fields.items() if getattr(self, name) != known.default}
+
     @model_validator(mode="after")
     def _check_overrides(self: C) -> C:
         layers: Any = getattr(self, "layers", None)

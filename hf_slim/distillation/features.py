@@ -40,6 +40,9 @@ _DISTANCES = {
 }
 
 
+_ROLES: tuple[Role, ...] = ("query", "key", "value")
+
+
 class Feature(BaseModel):
     """One feature loss."""
 
@@ -53,7 +56,7 @@ class Feature(BaseModel):
     )
     layers: LayerMap = Field("uniform", description="uniform, last, or pairs [[student block, teacher block], ...]")
     schedule: Schedule = Field("constant", description="of the weight: constant, or falling to 0 as a line or a cosine")
-    relations: tuple[Role, ...] = Field(("query", "key", "value"), min_length=1, description="of kind: relation")
+    relations: tuple[Role, ...] = Field(_ROLES, min_length=1, description="of kind: relation")
     relation_heads: int | None = Field(
         None, ge=1, description="of kind: relation; as many as divide both models' key/value heads if not given"
     )
@@ -69,7 +72,7 @@ class Feature(BaseModel):
             raise ValueError(
                 f"distance of {self.kind} must be {' or '.join(_DISTANCES[self.kind])}, got {self.distance}"
             )
-        if self.kind != "relation" and self.model_fields_set & {"relations", "relation_heads"}:
+        if self.kind != "relation" and (self.relations, self.relation_heads) != (_ROLES, None):
             raise ValueError(f"relations and relation_heads belong to kind: relation, this is {self.kind}")
         return self
 

@@ -120,7 +120,7 @@ class Config(TrainingOptions):
                 "teacher: previous is in memory already, and teacher_quantization works while a teacher is loaded; "
                 "leave one of them out"
             )
-        if self.divergences and self.model_fields_set & {"divergence", "beta", "skew"}:
+        if self.divergences and self.changed() & {"divergence", "beta", "skew"}:
             raise ValueError("divergence, beta and skew are of one divergence, and divergences are several; give one")
         if self.vocabulary == "universal" and self.own_teacher is None:
             raise ValueError("vocabulary: universal is for a teacher with another tokenizer; name one with teacher:")

@@ -43,7 +43,7 @@ class Config(MethodConfig):
 
     @model_validator(mode="after")
     def _fits_the_format(self) -> Config:
-        wrong = {"nf4": {"threshold"}, "int8": {"double_quant", "compute_dtype"}}[self.format] & self.model_fields_set
+        wrong = {"nf4": {"threshold"}, "int8": {"double_quant", "compute_dtype"}}[self.format] & self.changed()
         if wrong:
             raise ValueError(f"{', '.join(sorted(wrong))} cannot be set with format: {self.format}; leave it out")
         return self

@@ -64,7 +64,7 @@ class Config(MethodConfig):
     def _one_size(self) -> Config:
         if self.rank is not None and self.ratio is not None:
             raise ValueError("give one of rank and ratio, not both")
-        if self.across == "inputs" and "blocks" in self.model_fields_set:
+        if self.across == "inputs" and "blocks" in self.changed():
             raise ValueError("blocks: with across: inputs the layers of one block share; leave blocks out")
         return self
 
