@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_slim.core.errors import DataError, ModelError
-from hf_slim.core.forward import accepts, inputs_of
+from hf_slim.core.forward import inputs_of
 from hf_slim.distillation import fused
 from hf_slim.distillation.arguments import DistillationConfig
 from hf_slim.distillation.features import FeatureLosses
@@ -74,7 +74,7 @@ class LiveTeacher:
         self.features, self.around = features, around
         self.reads, self._takes_others = inputs_of(model)
         # With a cache, Transformers would not see where the texts of a packed batch begin, and would keep all keys.
-        self._cacheless: dict[str, Any] = {"use_cache": False} if accepts(_inside(model), "use_cache") else {}
+        self._cacheless: dict[str, Any] = {"use_cache": False} if "use_cache" in self.reads else {}
         self._fused = whole and settings.fused is not False and fused.why_not(model) is None
         self._positions = readable_positions(model)
 
@@ -160,11 +160,6 @@ def make_live(teacher: Any, student: Any, settings: Any, tokenizers: tuple[Any, 
     if settings.vocabulary == "universal":
         translator = Translator(*tokenizers, readable_positions(teacher))
     return LiveTeacher(teacher, settings, words=words, translator=translator, **options)
-
-
-def _inside(model: nn.Module) -> Any:
-    """The model itself: DeepSpeed's engine takes anything, and hands it on."""
-    return getattr(model, "module", model)
 
 
 def check_shapes(student: tuple[int, ...], taught: Taught | None) -> None:
